@@ -1,0 +1,165 @@
+"""queue.py: the sample queue's rule, and the name it shares with the standard library (traps 12 and 13)."""
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from queue import SampleQueue
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def filled(spreads, step=0, **settings):
+    queue = SampleQueue(**settings)
+    for index, spread in enumerate(spreads):
+        queue.admit(f"group {index}", spread, any_right=True, step=step)
+    return queue
+
+
+def test_admits_only_what_teaches():
+    queue = SampleQueue()
+    assert not queue.admit("no spread", 0.0, any_right=True, step=0)
+    assert not queue.admit("nothing right", 0.5, any_right=False, step=0)
+    assert queue.admit("good", 0.5, any_right=True, step=0)
+    assert len(queue) == 1 and queue.counts["admitted"] == 1
+
+
+def test_priority_by_hand():
+    queue = filled([0.4], half_life=4.0)
+    entry = queue.entries[0]
+    assert entry.uses == 1                                        # the update right after it was sampled
+    assert queue.priority(entry, step=0) == pytest.approx(0.4 / 2)
+    assert queue.priority(entry, step=4) == pytest.approx(0.4 / 2 / 2)
+    entry.uses = 3
+    assert queue.priority(entry, step=8) == pytest.approx(0.4 / 4 / 4)
+
+
+def test_evicts_the_lowest_priority_and_on_a_tie_the_oldest():
+    queue = filled([0.5, 0.1, 0.5], capacity=2)
+    assert [e.group for e in queue.entries] == ["group 0", "group 2"]
+    queue.admit({"not": "comparable"}, 0.5, any_right=True, step=0)    # trap 12: equal scores, items without <
+    assert [e.group for e in queue.entries] == ["group 2", {"not": "comparable"}]
+    assert not queue.admit("too weak", 0.01, any_right=True, step=0)
+    assert queue.counts["evicted"] == 3
+
+
+def test_draws_in_proportion_to_priority_without_replacement():
+    rng, first = random.Random(0), Counter()
+    for _ in range(4000):
+        queue = filled([0.6, 0.3, 0.1])
+        drawn = queue.sample(2, step=0, rng=rng)
+        assert len({e.order for e in drawn}) == 2 and all(e.uses == 2 for e in drawn)
+        first[drawn[0].group] += 1
+    # binomial standard error at most 0.008
+    assert first["group 0"] / 4000 == pytest.approx(0.6, abs=0.03)
+    assert first["group 1"] / 4000 == pytest.approx(0.3, abs=0.03)
+
+
+def test_equal_priorities_never_compare_the_groups():
+    queue = SampleQueue()
+    for _ in range(20):
+        queue.admit({"a": 1}, 0.5, any_right=True, step=0)
+
+    class AlwaysHalf:
+        def random(self):
+            return 0.5
+    assert [e.order for e in queue.sample(3, 0, AlwaysHalf())] == [19, 18, 17]
+
+
+def test_drops_old_used_up_and_off_policy():
+    queue = filled([0.5, 0.4], max_age=2, max_uses=3)
+    queue.admit("fresh", 0.5, any_right=True, step=3)
+    queue.sample(0, step=3, rng=random.Random(0))
+    assert [e.group for e in queue.entries] == ["fresh"] and queue.counts["too_old"] == 2
+    for _ in range(2):
+        assert len(queue.sample(1, step=3, rng=random.Random(0))) == 1
+    assert queue.sample(1, step=3, rng=random.Random(0)) == [] and queue.counts["used_up"] == 1
+    queue.admit("far", 0.5, any_right=True, step=3)
+    entry = queue.sample(1, step=3, rng=random.Random(0))[0]
+    queue.report_off_policy(entry, 0.2)
+    assert len(queue) == 1
+    queue.report_off_policy(entry, 0.9)
+    assert len(queue) == 0 and queue.counts["off_policy"] == 1
+    assert queue.stats(3)["queue_off_policy"] == 1
+
+
+def test_state_continues_where_it_was():
+    one = filled([0.5, 0.4, 0.3], max_uses=9)
+    one.sample(2, 0, random.Random(1))
+    two = SampleQueue(max_uses=9)
+    two.load_state_dict(one.state_dict())
+    draws = [[e.order for e in q.sample(2, 1, random.Random(7))] for q in (one, two)]
+    assert draws[0] == draws[1] and one.stats(1) == two.stats(1)
+
+
+# ------------------------------------------------------------------------------------------- trap 13: the name
+CHECK = ("import pickle, queue; from queue import SampleQueue, Full, Queue, SimpleQueue, Empty\n"
+         "q = Queue(1); q.put(1)\n"
+         "try: q.put_nowait(2); raise SystemExit('no Full')\n"
+         "except Full: pass\n"
+         "assert pickle.loads(pickle.dumps(Full)) is Full is queue.Full\n"
+         "assert pickle.loads(pickle.dumps(SampleQueue)) is SampleQueue\n"
+         "import requests, concurrent.futures, logging.handlers\n"
+         "assert len(SampleQueue()) == 0; print('fine')\n")
+IMPORT_TRAIN = "import train\n" + CHECK
+
+
+def python(*arguments, cwd=ROOT, **kwargs):
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, **kwargs)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_python_dash_c_in_the_folder():
+    assert "fine" in python("-c", CHECK)
+
+
+def test_script_run_from_elsewhere(tmp_path):
+    assert "--model" in python(ROOT / "train.py", "--help", cwd=tmp_path)
+
+
+def test_import_train_where_the_standard_queue_came_first():
+    assert "fine" in python("-c", "import sys; sys.path.remove(''); import queue, torch\n"
+                                  "assert not hasattr(queue, 'SampleQueue'); sys.path.insert(0, '.')\n" + IMPORT_TRAIN)
+
+
+def test_import_train_in_a_fresh_process():
+    assert "fine" in python("-c", IMPORT_TRAIN)
+
+
+def test_spawned_worker(tmp_path):
+    script = tmp_path / "spawn.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import multiprocessing as mp\n"
+                      "def work(out):\n"
+                      "    import train; from queue import SampleQueue; out.put(len(SampleQueue()))\n"
+                      "if __name__ == '__main__':\n"
+                      "    context = mp.get_context('spawn'); out = context.Queue()\n"
+                      "    worker = context.Process(target=work, args=(out,)); worker.start()\n"
+                      "    print('got', out.get(timeout=60)); worker.join(); assert worker.exitcode == 0\n")
+    assert "got 0" in python(script, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("command", [["-m", "pytest"], [str(Path(sys.executable).with_name("pytest"))]])
+def test_pytest_both_ways(command, tmp_path):
+    arguments = command if command[0] == "-m" else [command[0]]
+    done = subprocess.run([*([sys.executable] if command[0] == "-m" else []), *arguments, "-q", "-x",
+                           "tests/test_queue.py::test_priority_by_hand"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_torchrun(tmp_path):
+    script = tmp_path / "under_torchrun.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + IMPORT_TRAIN)
+    out = python("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", script)
+    assert out.count("fine") == 2
+
+
+def test_standard_names_are_the_same_objects():
+    out = python("-c", "import json, queue, _queue; print(json.dumps([queue.Empty is _queue.Empty, "
+                       "queue.SimpleQueue is _queue.SimpleQueue, queue.Queue.__module__]))")
+    assert json.loads(out) == [True, True, "queue"]
