@@ -1,0 +1,374 @@
+"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on this.
+
+Owns `Cache` (record and replay in SQLite), `check_address` and `fetch` (what may be asked for, and how much of it),
+`holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible endpoint), `to_text` (documents).
+
+Read in this order: `WebError`, `Cache.answer`, `fetch`, `to_text`.
+
+What the guard does not cover: what a public site answers with (text that talks to the model), and search engines
+that look at the query. Proxies of the environment are not used for pages, because the guard could not see the address.
+"""
+import base64
+import hashlib
+import io
+import ipaddress
+import json
+import math
+import os
+import re
+import resource
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+VERSION = "1"                            # of what is stored: raise it when an answer to the same request would differ
+MAX_BYTES = 20 * 2**20                   # of a page, a file, an answer; counted after decompression
+AGENT = "Mozilla/5.0 (compatible; tool-r1 research agent)"
+
+
+class WebError(Exception):
+    """What a tool tells the model instead of an answer. keep: the same request would fail the same way tomorrow."""
+
+    def __init__(self, kind: str, text: str, keep: bool = False):
+        super().__init__(f"ERROR[{kind}]: {text}")
+        self.kind, self.text, self.keep = kind, text, keep
+
+
+# ------------------------------------------------------------------------------------------------ record and replay
+class Cache:
+    """Answers of the web and of models, by tool, arguments, back end and version. Keys never enter it.
+
+    mode "live": nothing outlives the process; "record": kept in the SQLite file `path`; "replay": only what is kept
+    there, anything else is WebError("cache_miss"). Thread-safe; equal requests at the same time are made once.
+    """
+
+    def __init__(self, path: str | None = None, mode: str = "live"):
+        self.mode, self.counts = mode, Counter(hits=0, misses=0, made=0)
+        self.lock, self.flights = threading.Lock(), {}
+        self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
+        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
+        self.db.commit()
+
+    def answer(self, tool: str, arguments: dict, backend: str, make: Callable):
+        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept too."""
+        request = json.dumps([tool, arguments, backend, VERSION], sort_keys=True)
+        key = hashlib.sha256(request.encode()).hexdigest()
+        with self.lock:
+            row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+            flight, mine = self.flights.get(key), False
+            if row is None and flight is None:
+                if self.mode == "replay":
+                    self.counts["misses"] += 1
+                    raise WebError("cache_miss", "this was not recorded, and the web is closed; try another way")
+                flight, mine = self.flights.setdefault(key, Future()), True
+            self.counts["made" if mine else "hits"] += 1
+        if row is not None:
+            return self.unpack(row[0])
+        if not mine:
+            return flight.result()
+        return self._make(key, request, make, flight)
+
+    def _make(self, key: str, request: str, make: Callable, flight: Future):
+        try:
+            value = make()
+            self._keep(key, request, {"value": value})
+            flight.set_result(value)
+            return value
+        except BaseException as error:    # also Ctrl-C: whoever waits for this answer must not wait for ever
+            if isinstance(error, WebError) and error.keep:
+                self._keep(key, request, {"error": [error.kind, error.text]})
+            flight.set_exception(error)
+            raise
+        finally:
+            with self.lock:
+                del self.flights[key]
+
+    def _keep(self, key: str, request: str, row: dict):
+        with self.lock:
+            self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
+                            (key, request, zlib.compress(json.dumps(row).encode())))
+            self.db.commit()
+
+    @staticmethod
+    def unpack(blob: bytes):
+        row = json.loads(zlib.decompress(blob))
+        if "error" in row:
+            raise WebError(*row["error"], keep=True)
+        return row["value"]
+
+    def digest(self) -> str:
+        """A hash of everything kept: the same digest, the same recorded web."""
+        with self.lock:
+            digest = hashlib.sha256()
+            for row in self.db.execute("SELECT key, answer FROM answers ORDER BY key"):
+                digest.update(row[0].encode() + row[1])
+            return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ what may be reached
+NEVER = [ipaddress.ip_network(n) for n in (
+    "168.63.129.16/32", "2002::/16", "64:ff9b::/32", "2001::/32")]    # Azure's metadata; IPv6 that hides an IPv4
+BENCHMARKS = re.compile(r"gaia[-_]?benchmark|huggingface\.co/datasets|hf-mirror\.com/datasets|/gaia[^/]*validation",
+                        re.IGNORECASE)
+
+
+def check_address(address: str, allow_loopback: bool = False):
+    """WebError unless the address is a public one (or this machine's own, where that is opened for tests)."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if not (ip.is_global and not ip.is_multicast and not any(ip in n for n in NEVER if n.version == ip.version)
+            or allow_loopback and ip.is_loopback):
+        raise WebError("blocked", "this address is private or reserved; only public sites can be reached")
+
+
+def guarded(base: type, allow_loopback: bool, deadline: float) -> type:
+    """A connection class that checks the address it has really reached, before a byte is sent, and is cut at deadline.
+
+    Checking the connected socket instead of a name looked up beforehand leaves no gap for a second DNS answer.
+    """
+    class Guarded(base):
+        def _new_conn(self):
+            sock = super()._new_conn()
+            try:
+                check_address(sock.getpeername()[0], allow_loopback)
+            except WebError:
+                sock.close()
+                raise
+            # TLS takes the socket over, so the timer holds a copy; a drip of bytes outlives every read timeout.
+            copy = socket.socket(fileno=os.dup(sock.fileno()))
+            self.timer = threading.Timer(max(deadline - time.monotonic(), 0.1), self.cut, [copy])
+            self.timer.daemon = True
+            self.timer.start()
+            return sock
+
+        def cut(self, copy):
+            with copy:
+                try:
+                    copy.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass    # closed already
+    return Guarded
+
+
+class PublicOnly(HTTPAdapter):
+    """requests' transport over guarded connections: one request, then it is thrown away."""
+
+    def __init__(self, allow_loopback: bool, deadline: float):
+        super().__init__()
+        for scheme, base in (("http", HTTPConnection), ("https", HTTPSConnection)):
+            pool = self.poolmanager.pool_classes_by_scheme[scheme]
+            self.poolmanager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme | {
+                scheme: type(pool.__name__, (pool,), {"ConnectionCls": guarded(base, allow_loopback, deadline)})}
+
+
+def body_of(response, deadline: float, limit: int = MAX_BYTES) -> bytes:
+    """The body as it streams in, at most `limit` bytes and not after the deadline."""
+    chunks, size = [], 0
+    for chunk in response.iter_content(65536):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise WebError("too_large", f"more than {limit // 2**20} MiB", keep=True)
+        if time.monotonic() > deadline:
+            raise WebError("timeout", "the site is too slow")
+    return b"".join(chunks)
+
+
+@dataclass
+class Web:
+    """What the tools of a run share."""
+    cache: Cache = field(default_factory=Cache)
+    allow_loopback: bool = False                 # for tests with servers of their own
+    seconds: float = 20.0                        # at most, for one request
+    wikipedia: str = "https://{}.wikipedia.org"
+    wayback: str = "https://archive.org"
+    counts: Counter = field(default_factory=Counter)
+
+    def fetch(self, url: str, seconds: float = math.inf) -> tuple[str, str, bytes]:
+        """(final address, content type, body) of a public page, recorded or fetched. WebError if it cannot be had."""
+        if BENCHMARKS.search(url):
+            self.counts["benchmark"] += 1
+            raise WebError("blocked", "this site holds the benchmark itself")
+        url, kind, body = self.cache.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
+        return url, kind, base64.b64decode(body)
+
+    def get(self, url: str, seconds: float) -> list[str]:
+        deadline = time.monotonic() + min(self.seconds, max(seconds, 1.0))
+        for _ in range(6):
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+                raise WebError("blocked", "only plain http and https addresses can be visited", keep=True)
+            with requests.Session() as session:
+                session.trust_env = False
+                session.mount(f"{parts.scheme}://", PublicOnly(self.allow_loopback, deadline))
+                try:
+                    response = session.get(url, headers={"User-Agent": AGENT}, stream=True, allow_redirects=False,
+                                           timeout=max(deadline - time.monotonic(), 0.1))
+                    if "location" not in response.headers or not response.is_redirect:
+                        return self.answered(url, response, deadline)
+                except requests.RequestException as error:
+                    late = time.monotonic() >= deadline or isinstance(error, requests.Timeout)
+                    raise WebError("timeout" if late else "network", f"{parts.hostname} cannot be read") from error
+            url = urljoin(url, response.headers["location"])
+            if BENCHMARKS.search(url):
+                raise WebError("blocked", "this site holds the benchmark itself", keep=True)
+        raise WebError("network", "too many redirects", keep=True)
+
+    def answered(self, url: str, response, deadline: float) -> list[str]:
+        if response.status_code != 200:
+            passing = response.status_code == 429 or response.status_code >= 500
+            raise WebError(f"http_{response.status_code}", "the site refuses", keep=not passing)
+        kind = response.headers.get("content-type", "")
+        return [url, kind, base64.b64encode(body_of(response, deadline)).decode()]
+
+    def ask(self, tool: str, arguments: dict, backend: str, url: str, pick: Callable, **request):
+        """pick(JSON) of an API that the user has configured (keys in `request` only), recorded by tool and arguments."""
+        return self.cache.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
+
+
+def call(url: str, seconds: float, tries: int = 3, **request):
+    """One POST (with `json`, `data` or `files`) or GET to a trusted API -> its JSON. Retries with backoff."""
+    deadline, method = time.monotonic() + seconds, "GET" if set(request) <= {"params", "headers"} else "POST"
+    for attempt in range(tries):
+        try:
+            response = requests.request(method, url, timeout=max(deadline - time.monotonic(), 0.1), **request)
+            if response.status_code == 200:
+                return response.json()
+            kind, passing = f"http_{response.status_code}", response.status_code == 429 or response.status_code >= 500
+        except requests.exceptions.JSONDecodeError:
+            kind, passing = "bad_answer", False
+        except requests.RequestException as error:
+            kind, passing = "timeout" if isinstance(error, requests.Timeout) else "network", True
+        pause = 2.0 ** attempt * 0.5
+        if not passing or attempt + 1 == tries or time.monotonic() + pause > deadline:
+            break
+        time.sleep(pause)
+    raise WebError(kind, f"{urlsplit(url).hostname} did not answer as it should")
+
+
+def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0, tokens: int = 512) -> str:
+    """The reply of an OpenAI-compatible server; `url` is what its documentation calls the base URL."""
+    answer = call(f"{url.rstrip('/')}/chat/completions", seconds, tries=4, headers=bearer(key),
+                  json={"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
+    try:
+        return str(answer["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError) as error:
+        raise WebError("bad_answer", "the model's server did not answer with a message") from error
+
+
+def bearer(key: str) -> dict:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+# ------------------------------------------------------------------------------------------------ the benchmark guard
+def ngrams(text: str, n: int = 8) -> set[tuple]:
+    """The n-word sequences of a text, case and punctuation apart."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
+
+
+def holds_benchmark(text: str, question: str) -> bool:
+    """Whether a page repeats the question itself: more than a quoted title, at least 40 % of its 8-grams."""
+    asked = ngrams(question)
+    return len(asked) >= 3 and len(asked & ngrams(text)) >= 0.4 * len(asked)
+
+
+# ------------------------------------------------------------------------------------------------ documents as text
+def to_text(body: bytes, suffix: str, sheet: str | None = None, seconds: float = 60.0) -> str:
+    """A document as Markdown, or the text it is. suffix: ".pdf", ".html"... Parsed in a process of its own, because a
+    hostile file may want all the memory and time there is. WebError("unreadable") if it cannot be read."""
+    if suffix not in PARSERS:
+        return decode(body)
+    try:
+        done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet or ""], input=body, capture_output=True,
+                              timeout=seconds, preexec_fn=limit_memory, env={"PATH": os.environ.get("PATH", "")})
+    except subprocess.TimeoutExpired:
+        raise WebError("timeout", f"the {suffix} file takes too long to read") from None
+    if done.returncode:
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["killed: too large"])[-1][:200]
+        raise WebError("unreadable", f"the {suffix} file cannot be read: {reason}", keep=True)
+    return done.stdout.decode()
+
+
+def limit_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+
+
+def decode(body: bytes) -> str:
+    if b"\0" in body[:4096] and body[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        raise WebError("unreadable", "this is a binary file of a kind that cannot be read as text", keep=True)
+    for encoding in ("utf-8-sig", "utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"):
+        try:
+            return body.decode(encoding)
+        except UnicodeDecodeError:
+            pass
+    return body.decode("latin-1")
+
+
+def read_pdf(body: bytes, _: str) -> str:
+    from pypdf import PdfReader
+    pages = PdfReader(io.BytesIO(body)).pages
+    return "\n\n".join(f"[page {i} of {len(pages)}]\n{page.extract_text()}" for i, page in enumerate(pages, 1))
+
+
+def read_markdown(suffix: str) -> Callable:
+    def read(body: bytes, _: str) -> str:
+        from markitdown import MarkItDown, StreamInfo
+        return MarkItDown(enable_plugins=False).convert_stream(
+            io.BytesIO(body), stream_info=StreamInfo(extension=suffix)).text_content
+    return read
+
+
+def read_xlsx(body: bytes, sheet: str) -> str:
+    """Every cell that has a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is kept."""
+    from openpyxl import load_workbook
+    values, formulas = (load_workbook(io.BytesIO(body), data_only=flag) for flag in (True, False))
+    if sheet and sheet not in values.sheetnames:
+        raise ValueError(f"no sheet {sheet!r}; there are {values.sheetnames}")
+    lines = []
+    for name in [sheet] if sheet else values.sheetnames:
+        lines.append(f"## Sheet {name} ({values[name].dimensions}); sheets: {', '.join(values.sheetnames)}")
+        for row in values[name].iter_rows():
+            shown = []
+            for cell in row:
+                value = formulas[name][cell.coordinate].value if cell.value is None else cell.value
+                colour = cell.fill.fgColor if cell.fill and cell.fill.fill_type else None
+                fill = f" [fill {getattr(colour, colour.type)}]" if colour is not None else ""
+                if value is not None or fill:
+                    shown.append(f"{cell.coordinate}={'' if value is None else value}{fill}")
+            if shown:
+                lines.append(" | ".join(shown))
+    return "\n".join(lines)
+
+
+def read_zip(body: bytes, _: str) -> str:
+    return "\n".join(f"{i.filename} ({i.file_size} bytes)" for i in zipfile.ZipFile(io.BytesIO(body)).infolist())
+
+
+PARSERS = {".pdf": read_pdf, ".xlsx": read_xlsx, ".zip": read_zip,
+           **{s: read_markdown(s) for s in (".html", ".docx", ".pptx")}}
+PARSERS[".htm"] = PARSERS[".html"]
+
+
+if __name__ == "__main__":    # the process of `to_text`: python web.py SUFFIX SHEET < document
+    document = sys.stdin.buffer.read()
+    if document[:2] == b"PK" and sum(i.file_size for i in zipfile.ZipFile(io.BytesIO(document)).infolist()) > 2**29:
+        sys.exit("it unpacks to more than 512 MiB")
+    try:
+        sys.stdout.buffer.write(PARSERS[sys.argv[1]](document, sys.argv[2]).encode(errors="replace"))
+    except Exception as problem:    # whatever a parser says of a broken file, in one line
+        sys.exit(f"{type(problem).__name__}: {problem}"[:200])
