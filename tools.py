@@ -1,23 +1,35 @@
 """Tools: plain typed functions that the policy's code may call, and the two exceptions everybody shares.
 
-Owns `@tool`, the validation of arguments, loading a user's own tools, the text by which the prompt describes tools.
+Owns `@tool`, the checks on a definition and on every call, the built-in web and file tools, loading a user's own.
 
-Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), `load_tools`.
+Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools, `load_tools`.
 
 A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes from the
-sandbox is checked against the type hints before the function sees it.
+sandbox is checked against the type hints before the function sees it. The built-in ones return text and never raise
+into a rollout: what goes wrong is returned as `ERROR[kind]: ...`, for the model to read. How they reach the web, and
+what they may not reach, is in web.py.
 """
+import base64
 import builtins
+import hashlib
 import inspect
 import keyword
+import mimetypes
+import os
 import re
 import runpy
+import stat
+import time
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin
+from urllib.parse import quote, urljoin, urlsplit
+
+from web import AGENT, BENCHMARKS, Web, WebError, bearer, chat, holds_benchmark, to_text
 
 
 class UserError(Exception):
@@ -35,6 +47,17 @@ class ToolContext:
     state: dict = field(default_factory=dict)               # a tool's memory, kept for the trajectory
     seconds_left: Callable[[], float] = lambda: 30.0        # until the step's time is up
     question: str = ""
+    web: Web = field(default_factory=Web)                   # set by the tool that is called: see load_tools
+
+
+@dataclass
+class Call:
+    """One call of a tool, for reports."""
+    question: str
+    tool: str
+    arguments: str
+    outcome: str            # "ok", or the kind of error
+    seconds: float
 
 
 PLAIN = {str, int, float, bool, list, dict, type(None), Any}
@@ -79,22 +102,40 @@ class Tool:
     prompt: str                          # "name(argument: type = default) -> type: docstring"
     signature: inspect.Signature         # as the model sees it: without the context, with resolved types
     context: str | None = None           # the parameter that receives the ToolContext
+    web: Web | None = None               # what the run's tools share
+    log: list[Call] | None = None        # where calls are noted, for reports
 
     def bind(self, context: ToolContext) -> Callable:
         """A function for one trajectory: checks its arguments (ToolError if they do not fit), then calls the tool."""
+        if self.web:
+            context = replace(context, web=self.web)    # `state` stays the trajectory's own dict
+
         def call(*args, **kwargs):
+            arguments, begin, outcome = self.checked(*args, **kwargs), time.monotonic(), "failed"
             try:
-                bound = self.signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise ToolError(f"{self.name}: {error}; it is {self.name}{self.signature}") from None
-            for name, value in bound.arguments.items():
-                hint = self.signature.parameters[name].annotation
-                if not fits(value, hint):
-                    raise ToolError(f"{self.name}: {name} must be {written(hint)}, not {type(value).__name__}")
-            injected = {self.context: context} if self.context else {}
-            return self.function(**bound.arguments, **injected)
+                result = self.function(**arguments, **({self.context: context} if self.context else {}))
+                outcome = "ok"
+                return result
+            except WebError as error:
+                outcome = error.kind
+                return str(error)
+            finally:
+                if self.log is not None:
+                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome,
+                                         time.monotonic() - begin))
         call.__name__ = self.name
         return call
+
+    def checked(self, *args, **kwargs) -> dict:
+        try:
+            arguments = self.signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise ToolError(f"{self.name}: {error}; it is {self.name}{self.signature}") from None
+        for name, value in arguments.items():
+            hint = self.signature.parameters[name].annotation
+            if not fits(value, hint):
+                raise ToolError(f"{self.name}: {name} must be {written(hint)}, not {type(value).__name__}")
+        return arguments
 
 
 def tool(function: Callable) -> Tool:
@@ -125,23 +166,284 @@ def tool(function: Callable) -> Tool:
     return Tool(name, function, f"{name}{signature}: {docstring}", signature, context)
 
 
+# ------------------------------------------------------------------------------------------------ pages and files
+PAGE = 8000                              # characters of a page of text, about 2,000 tokens
+SEARCHES = {                             # in the order of preference: key or address in the environment, API
+    "serper": ("SERPER_API_KEY", "https://google.serper.dev/search"),
+    "brave": ("BRAVE_API_KEY", "https://api.search.brave.com/res/v1/web/search"),
+    "tavily": ("TAVILY_API_KEY", "https://api.tavily.com/search"),
+    "searxng": ("SEARXNG_URL", ""),
+}
+
+
+def paged(text: str, page: int, head: str) -> str:
+    """One page of a long text, cut at line ends, under a line that says which of how many."""
+    starts = [0]
+    while starts[-1] + PAGE < len(text):
+        line_end = text.rfind("\n", starts[-1] + PAGE // 2, starts[-1] + PAGE)
+        starts.append(line_end + 1 if line_end > 0 else starts[-1] + PAGE)
+    if not 1 <= page <= len(starts):
+        raise WebError("no_page", f"there are pages 1 to {len(starts)}")
+    return f"{head} (page {page}/{len(starts)})\n{text[starts[page - 1]:(starts + [len(text)])[page]].strip()}"
+
+
+def document(context: ToolContext, body: bytes, suffix: str, sheet: str = "") -> str:
+    """The text of a document, parsed once a trajectory. WebError if it is the benchmark itself."""
+    texts = context.state.setdefault("documents", {})
+    key = (hashlib.sha256(body).digest(), suffix, sheet)
+    if key not in texts:
+        texts[key] = to_text(body, suffix, sheet, min(60.0, max(context.seconds_left(), 1.0)))
+    if holds_benchmark(texts[key], context.question):
+        context.web.counts["benchmark"] += 1
+        raise WebError("blocked", "this page holds the benchmark itself")
+    return texts[key]
+
+
+def suffix_of(kind: str, url: str, body: bytes) -> str:
+    kind, named = kind.split(";")[0].strip().lower(), PurePosixPath(urlsplit(url).path).suffix.lower()
+    if body[:5] == b"%PDF-":
+        return ".pdf"
+    if "html" in kind or body[:256].lstrip()[:9].lower() == b"<!doctype":
+        return ".html"
+    vague = kind in ("", "application/octet-stream", "application/zip", "binary/octet-stream")
+    return named if vague else mimetypes.guess_extension(kind) or named
+
+
+def page_text(context: ToolContext, url: str) -> tuple[str, str]:
+    """(final address, Markdown with absolute links) of a page of the web."""
+    address, kind, body = context.web.fetch(url, context.seconds_left())
+    text = document(context, body, suffix_of(kind, address, body))
+    return address, re.sub(r"\]\((?!https?:|mailto:|#)([^)\s]+)", lambda m: f"]({urljoin(address, m[1])}", text)
+
+
+def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> bytes:
+    """A regular file below the task's folder. Opened part by part without following links: the sandboxed code, which
+    can write there, may put a link to a file of the host in the way at any moment."""
+    parts = PurePosixPath(path).parts
+    if context.workdir is None or not parts or parts[0] == "/" or ".." in parts:
+        raise WebError("no_file", "give a path relative to the working directory")
+    folder = os.open(context.workdir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for i, part in enumerate(parts):
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECTORY if i + 1 < len(parts) else 0)
+            inner = os.open(part, flags, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        if not stat.S_ISREG(os.fstat(folder).st_mode) or os.fstat(folder).st_size > limit:
+            raise WebError("no_file", f"{path} is no regular file of at most {limit // 2**20} MiB")
+        with os.fdopen(os.dup(folder), "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise WebError("no_file", f"{path}: {error.strerror}") from error
+    finally:
+        os.close(folder)
+
+
+def search_backend(web: Web) -> str:
+    if web.cache.mode == "replay":
+        return web.cache.backend_of("web_search") or "wikipedia"
+    return next((name for name, (variable, _) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
+
+
+def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple[str, dict, list, tuple]:
+    """(address, request, where the hits are in the answer, their names for title, link and text)."""
+    variable, url = SEARCHES.get(backend, ("", ""))
+    key, full = os.environ.get(variable, ""), f"{query} site:{site}" if site else query
+    if backend == "serper":
+        span = {"tbs": f"cdr:1,cd_min:1/1/{year},cd_max:12/31/{year}"} if year else {}
+        return (url, {"json": {"q": full, "num": k, **span}, "headers": {"X-API-KEY": key}}, ["organic"],
+                ("title", "link", "snippet"))
+    if backend == "brave":
+        span = {"freshness": f"{year}-01-01to{year}-12-31"} if year else {}
+        return (url, {"params": {"q": full, "count": k, **span}, "headers": {"X-Subscription-Token": key}},
+                ["web", "results"], ("title", "url", "description"))
+    if backend == "tavily":
+        span = {"start_date": f"{year}-01-01", "end_date": f"{year}-12-31"} if year else {}
+        sites = {"include_domains": [site]} if site else {}
+        return (url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)}, ["results"],
+                ("title", "url", "content"))
+    dated = f"{full} {year}" if year else full    # these two cannot be asked for a year: it becomes a word
+    if backend == "searxng":
+        return (key.rstrip("/") + "/search", {"params": {"q": dated, "format": "json"}}, ["results"],
+                ("title", "url", "content"))
+    return (web.wikipedia.format("en") + "/w/api.php",
+            {"params": {"action": "query", "list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k,
+                        "format": "json"}, "headers": {"User-Agent": AGENT}}, ["query", "search"],
+            ("title", "title", "snippet"))
+
+
+# ------------------------------------------------------------------------------------------------ the nine tools
+@tool
+def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site: str = "") -> str:
+    """Search the web: the k best hits with title, address and text. year, site: restrict to them if given."""
+    web, backend = context.web, search_backend(context.web)
+    url, request, path, names = search_request(backend, web, query, min(k, 20), year, site)
+
+    def pick(answer: dict) -> list:
+        for step in path:
+            answer = answer.get(step) or {}
+        return [[str(hit.get(name) or "") for name in names] for hit in answer]
+    arguments = {"query": query, "k": k, "year": year, "site": site}
+    lines = []
+    for title, link, text in web.ask("web_search", arguments, backend, url, pick, **request)[:k]:
+        if backend == "wikipedia":
+            link, text = web.wikipedia.format("en") + "/wiki/" + quote(title.replace(" ", "_")), re.sub("<.*?>", "", text)
+        if BENCHMARKS.search(link) or holds_benchmark(text, context.question):
+            web.counts["benchmark"] += 1
+        else:
+            lines.append(f"{len(lines) + 1}. {title}\n   {link}\n   {text[:500]}")
+    return "\n".join(lines) or "no hits"
+
+
+@tool
+def visit(context: ToolContext, url: str, page: int = 1) -> str:
+    """Read a page of the web (HTML, PDF, Office files) as Markdown with its links, one page of 8,000 characters."""
+    address, text = page_text(context, url)
+    return paged(text, page, address)
+
+
+@tool
+def find(context: ToolContext, url: str, text: str) -> str:
+    """The places where a web page or PDF contains the text, with what stands around them."""
+    _, whole = page_text(context, url)
+    places = [m.start() for m in re.finditer(re.escape(text), whole, re.IGNORECASE)]
+    shown = [f"...{whole[max(p - 200, 0):p + 300]}..." for p in places[:8]]
+    return f"{len(places)} places" + "".join("\n---\n" + s for s in shown)
+
+
+@tool
+def wiki(context: ToolContext, title: str, date: str = "", page: int = 1) -> str:
+    """A Wikipedia article, "de:Berlin" in another language; with date="YYYY-MM-DD" as it stood at the end of that day."""
+    language, name = re.fullmatch(r"(?:([a-z]{2,3}):)?(.*)", title, re.DOTALL).groups()
+    if date and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise WebError("bad_date", "write the date as YYYY-MM-DD")
+    api, common = context.web.wikipedia.format(language or "en") + "/w/api.php", {"format": "json", "formatversion": 2}
+    until = {"rvstart": f"{date}T23:59:59Z", "rvdir": "older"} if date else {}
+
+    def newest(answer: dict) -> list:
+        found = (answer.get("query", {}).get("pages") or [{}])[0]
+        if not found.get("revisions"):
+            raise WebError("not_found", f"no article {name!r}" + (f" on {date}" if date else ""), keep=True)
+        return [found["title"], found["revisions"][0]["revid"], found["revisions"][0]["timestamp"]]
+    name, revision, stamp = context.web.ask(
+        "wiki", {"title": title, "date": date}, "mediawiki", api, newest, headers={"User-Agent": AGENT},
+        params={"action": "query", "prop": "revisions", "titles": name, "redirects": 1, "rvlimit": 1,
+                "rvprop": "ids|timestamp", **until, **common})
+    html = context.web.ask("wiki", {"revision": revision, "language": language}, "mediawiki", api,
+                           lambda answer: answer["parse"]["text"], headers={"User-Agent": AGENT},
+                           params={"action": "parse", "oldid": revision, "prop": "text", **common})
+    return paged(document(context, html.encode(), ".html"), page, f"{name}, revision of {stamp}")
+
+
+@tool
+def archive(context: ToolContext, url: str, date: str, page: int = 1) -> str:
+    """A web page as the Wayback Machine kept it nearest to the date, "YYYY-MM-DD"."""
+    def closest(answer: dict) -> str:
+        found = (answer.get("archived_snapshots") or {}).get("closest") or {}
+        if not found.get("url"):
+            raise WebError("not_found", "the archive has no copy", keep=True)
+        return re.sub(r"(/web/\d+)/", r"\1id_/", found["url"])    # id_: the page itself, without the archive's frame
+    copy = context.web.ask("archive", {"url": url, "date": date}, "wayback", context.web.wayback + "/wayback/available",
+                           closest, params={"url": url, "timestamp": re.sub(r"\D", "", date)})
+    address, text = page_text(context, copy)
+    return paged(text, page, address)
+
+
+@tool
+def download(context: ToolContext, url: str) -> str:
+    """Save a file of the web in the working directory; returns its name."""
+    address, _, body = context.web.fetch(url, context.seconds_left())
+    if context.workdir is None:
+        raise WebError("no_file", "there is no working directory")
+    name = re.sub(r"[^\w.-]", "_", PurePosixPath(urlsplit(address).path).name).lstrip(".")[-80:] or "download"
+    try:
+        handle = os.open(context.workdir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise WebError("no_file", f"{name}: {error.strerror}") from error
+    with os.fdopen(handle, "wb") as file:
+        file.write(body)
+    return f"saved as {name} ({len(body)} bytes)"
+
+
+@tool
+def read_file(context: ToolContext, path: str, page: int = 1, sheet: str = "") -> str:
+    """Read a file of the working directory as text: txt, csv, json, xml, html, py, pdf, docx, pptx, xlsx (values and
+    fill colours; sheet: one of them), zip (what is in it)."""
+    return paged(document(context, file_bytes(context, path), PurePosixPath(path).suffix.lower(), sheet), page, path)
+
+
+@tool
+def ask_image(context: ToolContext, path: str, question: str) -> str:
+    """Ask a question about an image file of the working directory."""
+    body, model = file_bytes(context, path), os.environ.get("VISION_MODEL", "")
+    kind = mimetypes.guess_type(path)[0] or "image/png"
+    content = [{"type": "text", "text": question},
+               {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(body).decode()}"}}]
+    arguments = {"image": hashlib.sha256(body).hexdigest(), "question": question}
+    return context.web.cache.answer("ask_image", arguments, model, lambda: chat(
+        os.environ["VISION_URL"], model, [{"role": "user", "content": content}], os.environ.get("VISION_API_KEY", "")))
+
+
+@tool
+def transcribe(context: ToolContext, path: str) -> str:
+    """The spoken words of an audio file of the working directory."""
+    body, model = file_bytes(context, path), os.environ.get("AUDIO_MODEL", "")
+    return context.web.ask(
+        "transcribe", {"audio": hashlib.sha256(body).hexdigest()}, model,
+        os.environ["AUDIO_URL"].rstrip("/") + "/audio/transcriptions", lambda answer: answer["text"],
+        headers=bearer(os.environ.get("AUDIO_API_KEY", "")), data={"model": model},
+        files={"file": (PurePosixPath(path).name, body)})
+
+
+# ------------------------------------------------------------------------------------------------ which tools a run has
+READERS = ["markitdown", "pypdf", "openpyxl"]
+NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variables of the environment
+    (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []), (archive, READERS, []),
+    (download, [], []), (read_file, READERS, []), (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
+    (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
+
+
+def preflight(web: Web) -> list[tuple[Tool, str]]:
+    """The built-in tools, each with "" if it is live, else why it is left out of the prompt."""
+    rows = []
+    for made, packages, variables in NEEDS:
+        missing = [f"package {p}: pip install -r requirements-gaia.txt" for p in packages if not find_spec(p)]
+        if web.cache.mode != "replay":
+            missing += [f"{v} is not set" for v in variables if not os.environ.get(v)]
+        elif variables and not web.cache.backend_of(made.name):
+            missing.append("nothing of it was recorded")
+        rows.append((replace(made, web=web), "; ".join(missing)))
+    return rows
+
+
 def prompt_text(tools: list[Tool]) -> str:
     """The tools as the system prompt lists them, one a paragraph."""
     return "\n".join(t.prompt for t in tools)
 
 
-def load_tools(spec: str | None) -> list[Tool]:
-    """The tools that the Python file `spec` defines, in order; [] without a spec. UserError if it cannot be used."""
-    if not spec:
-        return []
-    if not Path(spec).is_file():
-        raise UserError(f"--tools {spec}: no such file")
+def load_tools(spec: str | None, web: Web | None = None) -> list[Tool]:
+    """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; several with commas between.
+
+    [] without a spec. UserError for a file that cannot be used and for two tools of one name.
+    """
+    found: list[Tool] = []
+    for part in filter(None, (spec or "").split(",")):
+        found += [t for t, why in preflight(web or Web()) if not why] if part == "web" else tools_of(part)
+    names = [t.name for t in found]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise UserError(f"--tools {spec}: two tools are called {min(twice)}")
+    return found
+
+
+def tools_of(file: str) -> list[Tool]:
+    if not Path(file).is_file():
+        raise UserError(f"--tools {file}: no such file")
     try:
-        found = [v for v in runpy.run_path(spec).values() if isinstance(v, Tool)]
+        found = [v for v in runpy.run_path(file).values() if isinstance(v, Tool)]
     except UserError as error:
-        raise UserError(f"--tools {spec}: {error}") from error
+        raise UserError(f"--tools {file}: {error}") from error
     except Exception as error:    # whatever the user's own code does wrong, said in one line
-        raise UserError(f"--tools {spec}: {type(error).__name__}: {error}") from error
+        raise UserError(f"--tools {file}: {type(error).__name__}: {error}") from error
     if not found:
-        raise UserError(f"--tools {spec}: no function in it carries @tool")
+        raise UserError(f"--tools {file}: no function in it carries @tool")
     return found

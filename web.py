@@ -110,6 +110,12 @@ class Cache:
             raise WebError(*row["error"], keep=True)
         return row["value"]
 
+    def backend_of(self, tool: str) -> str | None:
+        """Whose answers to a tool are kept: a recorded web is replayed without the keys it was recorded with."""
+        with self.lock:
+            row = self.db.execute("SELECT request FROM answers WHERE request LIKE ? LIMIT 1", (f'["{tool}",%',)).fetchone()
+        return json.loads(row[0])[2] if row else None
+
     def digest(self) -> str:
         """A hash of everything kept: the same digest, the same recorded web."""
         with self.lock:
