@@ -1,71 +1,64 @@
-"""The policy: a frozen language model with a LoRA adapter on it, and everything that depends on its size.
+"""The policy: a frozen language model, a LoRA adapter on it, and all that depends on the model's size.
 
-Owns: turning a name into a model (`resolve_model`, `load_policy`), the frozen base in NF4 or not, the adapter and
-the file format it is saved in, the reference policy (the same network, adapter off), the defaults per model size
-(`Preset`) and the memory plan for `--vram`.  Knows nothing of tasks, rewards or losses.
+Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off), the defaults
+per size and the memory plan. Reading order: Preset, Policy, load_policy, save_adapter, memory, plan_memory.
 
-Reading order: Preset -> resolve_model -> load_policy -> Policy -> save_adapter -> plan_memory.
-
-QLoRA (Dettmers et al. 2023, arXiv 2305.14314) as built here:
-* base weights NF4 with double quantisation, frozen; embeddings, norms and head stay in bf16.  PEFT's
-  `prepare_model_for_kbit_training` is *not* used: it would copy embedding and head to fp32, +2 GiB at 7B.
-* adapter weights in fp32 on all linear layers but the head, dropout 0, so that the sampler and the scorer see
-  the same network whatever mode it is in.
-* the adapter is never merged: merging into 4-bit weights rounds it away.
+QLoRA (arXiv 2305.14314) as built here: the blocks' linear layers in NF4 with double quantisation, embeddings, head
+and norms in bf16, the adapter in fp32 on all linear layers but the head, without dropout, so that sampler and scorer
+see one network in any mode. PEFT's `prepare_model_for_kbit_training` is not used: it copies embeddings and head to
+fp32 (+2 GiB at 7B). The adapter is never merged: in 4 bits most of it would be rounded away.
 """
-
 import contextlib
+import logging
 import os
 import re
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from tools import UserError
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # peft imports it; on the CPU it misses a hub kernel
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)     # peft asks by an old name
+from peft import LoraConfig, PeftModel, get_peft_model          # noqa: E402
+from safetensors import SafetensorError                         # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen2Config  # noqa: E402
 
-TINY_DIR = Path(__file__).resolve().parent / "tiny"  # the built-in model, made by tiny.py
+from tools import UserError                                     # noqa: E402
+
+TINY_DIR = Path(__file__).resolve().parent / "tiny"             # the built-in model, made by tiny.py
 
 
-# ------------------------------------------------------------------------------------------------ defaults per size
-
-
+# --------------------------------------------------------------------------------------------- what depends on size
 @dataclass(frozen=True)
 class Preset:
-    """Defaults that depend on the size of the model; train.py's flags override them one by one."""
-
-    prompt: str = "full"  # "short": one fixed line, as the built-in model was warm-started; "full": tools documented
+    """Defaults that go with the size of a model; train.py's flags override them one by one."""
+    prompt: str = "full"            # "full" documents the tools; "short" is what the built-in model was made with
     max_turns: int = 6
-    turn_tokens: int = 1024  # sampled tokens a turn
-    context_tokens: int = 8192  # prompt + everything sampled and observed
-    observation_tokens: int = 2000  # an observation is cut in the middle to this
-    groups: int = 8  # tasks a step
-    group_size: int = 8  # trajectories a task: G
+    turn_tokens: int = 1024         # sampled tokens a turn
+    context_tokens: int = 8192      # prompt and all that is sampled and observed
+    observation_tokens: int = 2000  # longer ones are cut in the middle
+    groups: int = 8                 # tasks a step
+    group_size: int = 8             # trajectories a task
     steps: int = 200
     lr: float = 1e-5
-    warmup: int = 8  # steps of linear warm-up
-    schedule: str = "constant"  # after the warm-up: "constant", or "cosine" down to 0 at the last step
-    beta: float = 1e-3  # weight of the KL penalty; 0 skips the reference pass
-    minibatches: int = 1  # optimiser steps a batch
-    token_budget: int = 8192  # padded tokens a micro-batch
+    warmup: int = 8                 # steps of linear warm-up
+    schedule: str = "constant"      # or "cosine"
+    beta: float = 1e-3              # of the KL penalty; 0 skips the reference pass
+    minibatches: int = 1            # optimiser steps a batch
+    token_budget: int = 8192        # padded tokens a micro-batch
 
 
-TINY = Preset(
-    prompt="short", max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64, groups=12, steps=50,
-    lr=1e-3, schedule="cosine", beta=0.0, minibatches=3,
-)  # fmt: skip
+TINY = Preset(prompt="short", max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64, groups=12, steps=50,
+              lr=1e-3, schedule="cosine", beta=0.0, minibatches=3, token_budget=2048)
 
 
 def preset_for(parameters: int) -> Preset:
-    """The preset for a model of that many parameters.  Smaller models bear a larger learning rate."""
+    """A model below 50 M is treated as the built-in one; among the others, smaller ones bear a larger step."""
     if parameters < 50e6:
         return TINY
-    lr = 5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5
-    return Preset(lr=lr)
+    return Preset(lr=5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5)
 
 
 def head_size(config) -> int:
@@ -73,162 +66,220 @@ def head_size(config) -> int:
 
 
 def linear_shapes(config) -> list[tuple[int, int]]:
-    """(in, out) of the seven linear layers of one decoder block of a Llama-shaped model (Qwen2, Qwen3, Llama...)."""
-    h, i = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * head_size(config), config.num_key_value_heads * head_size(config)
+    """(in, out) of the linear layers of one block of a Llama-shaped model (Llama, Mistral, Qwen2, Qwen3)."""
+    h, i, size = config.hidden_size, config.intermediate_size, head_size(config)
+    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
     return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
 
 
 def parameter_counts(config) -> tuple[int, int]:
-    """(parameters in the blocks' linear layers, in embedding and head); norms and biases are below 0.01 %."""
+    """(in the blocks' linear layers, in embedding and head). Norms and biases are below 0.01 %."""
     linear = config.num_hidden_layers * sum(a * b for a, b in linear_shapes(config))
     return linear, config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
-# ------------------------------------------------------------------------------------------------ loading and saving
-
-
+# ----------------------------------------------------------------------------------------------- loading and saving
 @dataclass
 class Policy:
-    """The model that is trained.  `model` is called like any causal LM; only its adapter has gradients."""
-
+    """What is trained. `model` is called like any causal LM of transformers; only its adapter has gradients."""
     model: PeftModel
     tokenizer: object
     device: torch.device
-    name: str  # what the given name resolved to: a hub id, or the absolute path of a folder
+    name: str                       # what the given name resolved to: a hub id, or a folder's absolute path
     preset: Preset
 
     def trainable(self) -> list[torch.nn.Parameter]:
-        """The adapter's parameters, fp32, in a fixed order."""
+        """The adapter's parameters, fp32, always in the same order."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def reference(self) -> contextlib.AbstractContextManager:
-        """`with policy.reference():` the network is pi_ref, the frozen base; no second copy in memory."""
+    def reference(self):
+        """`with policy.reference():` the network is the reference policy, the base alone. No second copy."""
         return self.model.disable_adapter()
 
 
 def resolve_model(name: str) -> str:
-    """A folder (as absolute path) or a hub id.  "tiny" is the built-in model, a bare Qwen name its Instruct version."""
-    if name == "tiny":
-        if not (TINY_DIR / "config.json").is_file():
-            raise UserError(f"the built-in model is missing from {TINY_DIR}: rebuild it with `python tiny.py`")
-        return str(TINY_DIR)
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"--model {name}: the folder holds no config.json, so it is not a model's folder")
-        return str(Path(name).resolve())
+    """A folder's absolute path, or a hub id. "tiny" is the built-in model; a bare Qwen name its Instruct version."""
+    if name == "tiny" or Path(name).is_dir():
+        folder = TINY_DIR if name == "tiny" else Path(name).resolve()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no model: it has no config.json" + " (see tiny.py)" * (name == "tiny"))
+        return str(folder)
     if re.fullmatch(r"Qwen[\w.]*-[\d.]+B(-Instruct)?", name):
-        instruct = "" if name.endswith("-Instruct") or name.startswith("Qwen3") else "-Instruct"
-        return f"Qwen/{name}{instruct}"  # Qwen3's plain names are the instruction-tuned ones
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        plain = name.endswith("-Instruct") or name.startswith("Qwen3")      # Qwen3's plain names are the tuned ones
+        return f"Qwen/{name}" + ("" if plain else "-Instruct")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return name
-    raise UserError(
-        f"unknown model {name!r}: give tiny (built in), a Qwen name such as Qwen2.5-7B, a hub id owner/name, "
-        "or a local folder with config.json, tokenizer and safetensors"
-    )
-
-
-@contextlib.contextmanager
-def readable_errors(name: str) -> Iterator[None]:
-    """Hub and file errors as one line that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:  # OSError: also what the hub client's network errors are
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot load the model {name}: {reason} ... Without network, give a local folder that holds it "
-            "(--model DIR), or train the built-in one (--model tiny)"
-        ) from error
+    raise UserError(f"unknown model {name!r}: give tiny (built in), a Qwen name such as Qwen2.5-7B, a hub id "
+                    "owner/name, or a local folder with config.json, tokenizer and safetensors")
 
 
 def offline(name: str) -> bool:
-    """True if `name` is a hub id and the hub cannot be reached: then only its cached copy can be loaded."""
-    if Path(name).is_dir():
-        return False
+    """True if `name` is on the hub and the hub cannot be reached, so that only a cached copy can be loaded."""
     try:
-        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10)
+        Path(name).is_dir() or requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10)
         return False
     except requests.RequestException:
-        return True  # asked once here: the hub client asks for half a minute, loudly
+        return True                 # asked here once: the hub client asks for half a minute, loudly
 
 
-def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype, cached_only: bool) -> torch.nn.Module:
-    """The frozen base model in `dtype`, its blocks' linear layers in NF4 if asked.  Weights from safetensors only."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    with readable_errors(name):
+@contextlib.contextmanager
+def readable_errors(what: str, hint: str):
+    """Whatever a library raises over a file or the network, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:200]}. {hint}") from error
+
+
+HUB_HINT = "Without network, give a local folder (--model DIR) or take the built-in model (--model tiny)"
+
+
+def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The frozen base in `dtype`, its blocks in NF4 if asked. Weights are read from safetensors only."""
+    nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                    bnb_4bit_compute_dtype=dtype)
+    with readable_errors(f"the model {name}", HUB_HINT):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map={"": device}, use_safetensors=True, attn_implementation="sdpa",
-            quantization_config=quantization if nf4 else None, local_files_only=cached_only,
-        )  # fmt: skip
+            quantization_config=nf4_config if nf4 else None, local_files_only=offline(name))
     for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes repacks the weights in the first forward in eval mode and cannot
-        # read them back in a training forward; this is the attribute its Linear4bit asks before it repacks.
+        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights in the first eval forward, and the next training
+        # forward cannot read them. This is the attribute that it asks before it does so.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
 
 
 def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
-    """The adapter saved in `folder`, trainable, over `base`.  UserError if it is missing, a pickle or another shape."""
+    """The adapter in `folder`, trainable. UserError if there is none, it is a pickle, or it does not fit the base."""
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds no adapter (no adapter_config.json)")
+        raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} holds no adapter_model.safetensors; pickled adapters (.bin) are never loaded")
-    try:
+        raise UserError(f"{folder} has no adapter_model.safetensors; adapters in pickles (.bin) are never read")
+    with readable_errors(f"the adapter in {folder}", "Was it made for another model, or is a file damaged?"):
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the adapter in {folder} does not fit the model: {reason}") from error
 
 
-def load_policy(
-    model: str,
-    quantize: str = "auto",
-    adapter: Path | None = None,
-    lora_r: int = 16,
-    lora_alpha: int = 32,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Policy:
-    """Load `model` (see resolve_model) with a fresh LoRA adapter drawn from `seed`, or with the one in `adapter`.
+def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, lora_r: int = 16, lora_alpha: int = 32,
+                seed: int = 0, device: str | None = None, dtype: torch.dtype | None = None) -> Policy:
+    """Load `model` (see resolve_model) with the adapter in folder `adapter`, else with a new one drawn from `seed`.
 
-    quantize: "nf4", "none", or "auto": nf4 on a GPU from 1e9 parameters on.  dtype: of the base, by default bf16 on
-    a GPU and fp32 on the CPU.  Raises UserError for everything a user can get wrong.
+    quantize: "nf4", "none", or "auto", which is nf4 on a GPU from 1e9 parameters on. dtype: of the base, bf16 on a
+    GPU and fp32 on the CPU unless given. UserError for whatever a user can get wrong.
     """
-    name = resolve_model(model)
+    name, config = resolve_model(model), model_config(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cached_only = offline(name)
-    with readable_errors(name):
-        config = AutoConfig.from_pretrained(name, local_files_only=cached_only)
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=cached_only)
-    parameters = sum(parameter_counts(config))
-    nf4 = quantize == "nf4" or (quantize == "auto" and device.type == "cuda" and parameters >= 1e9)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    base = load_base(name, nf4, device, dtype, cached_only)
+    on_gpu, parameters = device.type == "cuda", sum(parameter_counts(config))
+    with readable_errors(f"the tokenizer of {name}", HUB_HINT):
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline(name))
+    nf4 = quantize == "nf4" or (quantize == "auto" and on_gpu and parameters >= 1e9)
+    base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32))
     if adapter is not None:
-        peft_model = load_adapter(base, Path(adapter))
+        network = load_adapter(base, Path(adapter))
     else:
-        lora = LoraConfig(
-            r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            peft_model = get_peft_model(base, lora)  # adapter weights in fp32, B = 0: it begins as the reference
-    if parameters >= 50e6:
-        # Recompute each block in the backward pass.  Acts in train mode only, so sampling (eval) keeps its cache.
-        peft_model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(peft_model.eval(), tokenizer, device, name, preset_for(parameters))
+            network = get_peft_model(base, lora)        # fp32; its B is 0, so it begins as the reference policy
+    if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(network.eval(), tokenizer, device, name, preset_for(parameters))
 
 
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """Write the adapter (safetensors) and the tokenizer; `peft.AutoPeftModelForCausalLM.from_pretrained(folder)` reads it.
+def save_adapter(policy: Policy, folder: Path):
+    """Adapter (safetensors) and tokenizer, for `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.
 
-    The base is named by hub id or, if it is a folder (the built-in model too), by absolute path: a stranger on another
-    machine names it himself, `PeftModel.from_pretrained(base, folder)`; ours do so with `load_policy(..., adapter=)`.
+    The file names the base by hub id, or by absolute path if it is a folder (as the built-in model is). On another
+    machine one names it: `PeftModel.from_pretrained(base, folder)`; `load_policy(model, adapter=folder)` always does.
     """
     policy.model.peft_config["default"].base_model_name_or_path = policy.name
-    policy.model.save_pretrained(str(folder), save_embedding_layers=False)
-    policy.tokenizer.save_pretrained(str(folder))
+    policy.model.save_pretrained(folder, save_embedding_layers=False)
+    policy.tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------- the memory plan
+GIB = 2**30
+QWEN25 = {  # hidden, MLP, blocks, heads, key heads, vocabulary, tied: to plan and to measure without a download
+    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
+}
+
+
+def model_config(model: str):
+    """The shape of a model; of the Qwen2.5 family without network."""
+    if model in QWEN25:
+        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "tie_word_embeddings")
+        return Qwen2Config(**dict(zip(keys, QWEN25[model])))
+    name = resolve_model(model)
+    with readable_errors(f"the model {name}", HUB_HINT):
+        return AutoConfig.from_pretrained(name, local_files_only=offline(name))
+
+
+def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_r=16) -> dict[str, tuple[float, float]]:
+    """{part: GiB (while sampling, in the update)} for a base in NF4 or bf16 and an adapter in fp32.
+
+    The activations' factors were measured: a test compares them with the bytes that live in a real update.
+    """
+    linear, embeddings = parameter_counts(config)
+    h, i, v, blocks = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
+    # NF4 with double quantisation: 4 bits, for 64 weights an 8-bit scale, for 256 scales an fp32 one
+    weights = linear * (0.5 + 1 / 64 + 4 / (64 * 256) if nf4 else 2) + 2 * embeddings
+    adapter = blocks * lora_r * sum(a + b for a, b in linear_shapes(config))
+    cache = slots * context * blocks * 2 * config.num_key_value_heads * head_size(config) * 2
+    one_matrix = 2 * h * i                                      # dequantised for its product
+    sampling = (1024 + slots) * 12 * i + slots * v * 24 + one_matrix            # a chunk of prompt, fp64 sums of p
+    kept = token_budget * blocks * 2 * h                        # the input of every block
+    block = token_budget * (32 * h + 18 * i) + one_matrix       # one block computed again, and its gradients
+    head = 2**26 * 8 + token_budget * 8 * h                     # two chunks of logits; states and their gradients
+    parts = {"weights": (weights, weights), "adapter, gradients, 8-bit optimiser": (adapter * 6, adapter * 10),
+             "runtime: CUDA context, fragmentation": (1.3 * GIB, 1.3 * GIB), "cache of keys and values": (cache, 0),
+             "activations": (sampling, kept + max(block, head))}
+    return {part: (a / GIB, b / GIB) for part, (a, b) in parts.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    slots: int                      # trajectories decoded at once
+    token_budget: int               # padded tokens a micro-batch
+    context_tokens: int
+    parts: dict[str, tuple[float, float]]
+
+    def __str__(self) -> str:
+        peak = tuple(sum(column) for column in zip(*self.parts.values()))
+        rows = [f"{part:<38}{a:>9.2f}{b:>9.2f}" for part, (a, b) in (self.parts | {"peak": peak}).items()]
+        return "\n".join([f"{'memory plan, GiB':<38}{'sampling':>9}{'update':>9}", *rows,
+                          f"{self.slots} slots, micro-batches of {self.token_budget} tokens, context "
+                          f"{self.context_tokens}"])
+
+
+def fit(model: str, room: float, quantize: str, preset: Preset | None) -> Plan | None:
+    """The longest context (the preset's, or halves of it down to 2048), then the most slots and tokens."""
+    config = model_config(model)
+    parameters = sum(parameter_counts(config))
+    nf4 = quantize == "nf4" or (quantize == "auto" and parameters >= 1e9)
+    preset = preset or preset_for(parameters)
+
+    def fits(slots, tokens, context):
+        return max(map(sum, zip(*memory(config, nf4, slots, tokens, context).values()))) <= room
+    context = preset.context_tokens
+    while not fits(1, context, context):
+        if context < 4096:
+            return None
+        context //= 2
+    slots = max(n for n in range(1, preset.groups * preset.group_size + 1) if fits(n, context, context))
+    tokens = max(n for n in range(context, 4 * context, 1024) if fits(slots, n, context))
+    return Plan(slots, tokens, context, memory(config, nf4, slots, tokens, context))
+
+
+def plan_memory(model: str, vram: float, quantize: str = "auto", preset: Preset | None = None) -> Plan:
+    """How to use a card of `vram` GiB, keeping 8 % back. UserError, saying what would fit, if the model does not."""
+    if plan := fit(model, 0.92 * vram, quantize, preset):
+        return plan
+    others = (model, *reversed(QWEN25))
+    fitting = [f"{m} in nf4 with a context of {p.context_tokens}" for m in others if (p := fit(m, 0.92 * vram, "nf4", None))]
+    raise UserError(f"{model} (--quantize {quantize}) does not fit {vram:g} GiB with any context of 2048 tokens or more; "
+                    + (f"{fitting[0]} does" if fitting else "no Qwen2.5 model does"))

@@ -1,0 +1,204 @@
+"""policy.py: names, loading, the adapter on disk, NF4 on the CPU, presets and the memory plan."""
+import json
+import pickle
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from policy import load_policy, parameter_counts, preset_for, resolve_model, save_adapter
+from tools import UserError
+
+
+def make_model(folder: Path, vocabulary=300, tied=True, seed=0) -> Path:
+    """A small Qwen2 with random weights (all widths divisible by 64, as NF4 wants) and a byte-level tokenizer."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=512, initializer_range=0.1,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def stir(policy) -> None:
+    """Give the adapter weights that do something: LoRA begins with B = 0."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+
+
+IDS = torch.arange(40).view(2, 20)
+
+
+def test_a_fresh_adapter_is_the_reference_policy_and_only_it_has_gradients(folder):
+    policy = load_policy(str(folder))
+    names = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert len(names) == 2 * 7 * 2 and not any("lm_head" in n or "embed" in n for n in names)
+    with torch.no_grad(), policy.reference():
+        reference = policy.model(IDS).logits
+    assert torch.equal(policy.model(IDS).logits, reference)
+    stir(policy)
+    assert not torch.allclose(policy.model(IDS).logits, reference)
+    with torch.no_grad(), policy.reference():
+        assert torch.equal(policy.model(IDS).logits, reference)
+
+
+def test_the_adapter_comes_from_the_seed_and_leaves_the_global_stream_alone(folder):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, again, other = (load_policy(str(folder), seed=s).trainable()[0] for s in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_stranger_loads_the_saved_adapter_and_so_do_we(folder, tmp_path, monkeypatch):
+    policy = load_policy(str(folder))
+    stir(policy)
+    save_adapter(policy, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"adapter_model.safetensors", "tokenizer.json"}
+    monkeypatch.chdir(tmp_path)  # relative names in the file would break here
+    stranger = peft.AutoPeftModelForCausalLM.from_pretrained("out").eval()
+    with torch.no_grad():
+        assert torch.equal(stranger(IDS).logits, policy.model(IDS).logits)
+        ours = load_policy(str(folder), adapter=Path("out"))
+        assert torch.equal(ours.model(IDS).logits, policy.model(IDS).logits)
+    assert len(ours.trainable()) == len(policy.trainable())  # it trains on
+    text = "Thought: ünï"
+    assert AutoTokenizer.from_pretrained("out")(text)["input_ids"] == policy.tokenizer(text)["input_ids"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb", "w"))
+
+
+def test_a_pickled_adapter_is_refused_unread(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_adapter(load_policy(str(folder)), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="pickle"):
+        load_policy(str(folder), adapter=tmp_path)
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("spoil", ["no config", "other shape", "cut file", "not json"])
+def test_a_broken_adapter_is_one_clear_line(folder, tmp_path, spoil):
+    save_adapter(load_policy(str(folder)), tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    if spoil == "no config":
+        config.unlink()
+    elif spoil == "other shape":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 8}))
+    elif spoil == "cut file":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config.write_text("{")
+    with pytest.raises(UserError, match="adapter") as caught:
+        load_policy(str(folder), adapter=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_names(folder, monkeypatch):
+    assert resolve_model("Qwen2.5-7B") == "Qwen/Qwen2.5-7B-Instruct" == resolve_model("Qwen2.5-7B-Instruct")
+    assert resolve_model("Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert resolve_model("someone/some-model_1.5B") == "someone/some-model_1.5B"
+    monkeypatch.chdir(folder.parent)
+    assert resolve_model(folder.name) == str(folder.resolve())
+    for bad in ("gpt-17", "./nowhere", "/no/such/folder", "a/b/c", ""):
+        with pytest.raises(UserError, match="unknown model"):
+            resolve_model(bad)
+    with pytest.raises(UserError, match="config.json"):
+        resolve_model(str(Path(__file__).parent))
+
+
+def test_no_network_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(UserError, match="local folder.*built-in") as caught:
+        load_policy("Qwen2.5-7B")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights_or_with_pickled_ones(folder, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(UserError, match="cannot load"):
+        load_policy(str(tmp_path))
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load"):
+        load_policy(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------- NF4
+
+
+def test_nf4_samples_and_trains_in_turn_on_the_cpu(folder):
+    policy = load_policy(str(folder), quantize="nf4")
+    layer = policy.model.get_base_model().model.layers[0].mlp.gate_proj.base_layer
+    assert layer.weight.quant_state.nested and layer.weight.quant_state.quant_type == "nf4"
+    before = policy.model(IDS).logits.detach()
+    for _ in range(2):  # eval forwards used to repack the weights, after which training forwards raised
+        policy.model.eval()
+        with torch.no_grad():
+            policy.model.generate(IDS, max_new_tokens=4, do_sample=False)
+        policy.model.train()
+        policy.model(IDS).logits.logsumexp(-1).sum().backward()
+    assert all(p.grad.isfinite().all() for p in policy.trainable())
+    assert torch.equal(policy.model(IDS).logits, before)
+
+
+def test_nf4_keeps_embeddings_head_and_norms_in_the_given_dtype(folder):  # trap 8: no upcast to fp32
+    policy = load_policy(str(folder), quantize="nf4", dtype=torch.bfloat16)
+    for name, p in policy.model.named_parameters():
+        expected = torch.float32 if "lora_" in name else torch.uint8 if "proj.base_layer.weight" in name else torch.bfloat16
+        assert p.dtype == expected, name
+
+
+def test_nf4_gradients_are_those_of_the_dequantised_model(folder, tmp_path):
+    quantised = load_policy(str(folder), quantize="nf4")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for name, module in quantised.model.get_base_model().named_modules():
+        if name.endswith("base_layer"):
+            weight = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name.removesuffix(".base_layer")).weight.data.copy_(weight)
+    plain.save_pretrained(tmp_path)
+    quantised.tokenizer.save_pretrained(tmp_path)
+    dequantised = load_policy(str(tmp_path))
+    for policy in (quantised, dequantised):
+        stir(policy)
+        policy.model.train()
+        policy.model(IDS).logits.log_softmax(-1)[..., 3].mean().backward()
+    for a, b in zip(quantised.trainable(), dequantised.trainable(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ presets
+
+
+def test_parameter_counts_are_the_models_own(tmp_path):
+    for tied in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / str(tied), tied=tied))
+        matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        assert sum(parameter_counts(model.config)) == matrices
+
+
+def test_small_models_get_the_tiny_preset(folder):
+    assert load_policy(str(folder)).preset.prompt == "short"
+    assert preset_for(7_600_000_000).lr == 1e-5 and preset_for(7_600_000_000).prompt == "full"
