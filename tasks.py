@@ -183,7 +183,7 @@ class Draw:
 def draw_lookup(w: Draw) -> Drawn:
     field, places = w.rng.choice(list(FIELDS)), [w.place() for _ in range(1 + w.difficulty)]
     what = f"the {field} of" if len(places) == 1 else f"the sum of the {field} of"
-    other = w.rng.choice([f for f in FIELDS if f != field])
+    other = (*FIELDS, *FIELDS)[list(FIELDS).index(field) + 1]
     return Drawn(f"What is {what} {' and of '.join(p[0] for p in places)}?", sum(fact(p[1], field) for p in places),
                  1, {"name": places[0][2], "field": field, "other": other})
 
@@ -359,3 +359,47 @@ def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> P
 
 
 # ---------------------------------------------------------------- readers of published data (MAT, GAIA): below here
+
+
+def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
+    """Tasks of a folder in GAIA's layout: metadata as jsonl or parquet, here or in [2023/]<split>, attachments beside it.
+
+    Levels may be text or numbers. The test split has no answers: its tasks carry the answer "?".
+    """
+    places = [Path(folder) / below for below in (Path("2023") / split, split, ".")]
+    found = [place / name for place in places for name in ("metadata.jsonl", "metadata.parquet")
+             if (place / name).is_file()]
+    if not found:
+        raise UserError(f"{folder}: no metadata.jsonl or metadata.parquet in it, in 2023/{split} or in {split}")
+    tasks = []
+    for number, row in enumerate(read_rows(found[0]), 1):
+        try:
+            name = row.get("file_name") or ""
+            task = Task(str(row["task_id"]), row["Question"], str(row.get("Final answer") or "?"),
+                        {Path(name).name: found[0].parent / name} if name else {}, str(row["Level"]), "gaia")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{found[0]}:{number}: no GAIA question: {error!r}") from error
+        for file in task.files.values():
+            if not file.is_file():
+                raise UserError(f"{found[0]}:{number}: attachment {file} is missing")
+        tasks.append(task)
+    if len({t.id for t in tasks}) < len(tasks):
+        raise UserError(f"{found[0]}: duplicate task_id")
+    return [t for t in tasks if t.id != "0-0-0-0-0"]    # the dataset's own placeholder row
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a jsonl or parquet file."""
+    if file.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"{file}: parquet needs pyarrow: pip install -r requirements-gaia.txt") from error
+        return pyarrow.parquet.read_table(file).to_pylist()
+    rows = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{number}: {error}") from error
+    return rows

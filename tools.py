@@ -19,6 +19,7 @@ import os
 import re
 import runpy
 import stat
+import threading
 import time
 import types
 import typing
@@ -29,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote, urljoin, urlsplit
 
-from web import AGENT, BENCHMARKS, Web, WebError, bearer, chat, holds_benchmark, to_text
+from web import AGENT, BENCHMARKS, Cache, Web, WebError, bearer, chat, holds_benchmark, to_text
 
 
 class UserError(Exception):
@@ -47,7 +48,7 @@ class ToolContext:
     state: dict = field(default_factory=dict)               # a tool's memory, kept for the trajectory
     seconds_left: Callable[[], float] = lambda: 30.0        # until the step's time is up
     question: str = ""
-    web: Web = field(default_factory=Web)                   # set by the tool that is called: see load_tools
+    web: Web | None = None                                  # for the built-in tools: their own one, see Tool.bind
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Call:
     tool: str
     arguments: str
     outcome: str            # "ok", or the kind of error
+    hits: int               # answers that came from the cache
     seconds: float
 
 
@@ -112,6 +114,8 @@ class Tool:
 
         def call(*args, **kwargs):
             arguments, begin, outcome = self.checked(*args, **kwargs), time.monotonic(), "failed"
+            here = context.web.cache.here if context.web else threading.local()
+            here.hits = 0
             try:
                 result = self.function(**arguments, **({self.context: context} if self.context else {}))
                 outcome = "ok"
@@ -121,7 +125,7 @@ class Tool:
                 return str(error)
             finally:
                 if self.log is not None:
-                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome,
+                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome, here.hits,
                                          time.monotonic() - begin))
         call.__name__ = self.name
         return call
@@ -401,6 +405,16 @@ NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variable
     (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []), (archive, READERS, []),
     (download, [], []), (read_file, READERS, []), (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
     (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
+
+
+def open_web(spec: str) -> Web:
+    """The web of a run, from a flag: "live", "record[:FILE]" or "replay[:FILE]". UserError for anything else."""
+    mode, _, file = spec.partition(":")
+    if mode not in ("live", "record", "replay"):
+        raise UserError(f"--cache {spec}: it is live, record[:FILE] or replay[:FILE]")
+    if mode == "replay" and not Path(file or "web.sqlite").is_file():
+        raise UserError(f"--cache {spec}: there is no such record")
+    return Web(Cache(file or "web.sqlite", mode))
 
 
 def preflight(web: Web) -> list[tuple[Tool, str]]:

@@ -58,7 +58,7 @@ class Cache:
 
     def __init__(self, path: str | None = None, mode: str = "live"):
         self.mode, self.counts = mode, Counter(hits=0, misses=0, made=0)
-        self.lock, self.flights = threading.Lock(), {}
+        self.lock, self.flights, self.here = threading.Lock(), {}, threading.local()    # here.hits: of one call of a tool
         self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
         self.db.commit()
@@ -76,6 +76,7 @@ class Cache:
                     raise WebError("cache_miss", "this was not recorded, and the web is closed; try another way")
                 flight, mine = self.flights.setdefault(key, Future()), True
             self.counts["made" if mine else "hits"] += 1
+            self.here.hits = getattr(self.here, "hits", 0) + (not mine)
         if row is not None:
             return self.unpack(row[0])
         if not mine:
@@ -142,12 +143,16 @@ def check_address(address: str, allow_loopback: bool = False):
 
 
 def guarded(base: type, allow_loopback: bool, deadline: float) -> type:
-    """A connection class that checks the address it has really reached, before a byte is sent, and is cut at deadline.
-
-    Checking the connected socket instead of a name looked up beforehand leaves no gap for a second DNS answer.
-    """
+    """A connection class that checks the addresses of a name, then the one it has reached, before a byte is sent: a
+    second DNS answer that differs from the first one is no way in. It is cut at the deadline (time.monotonic)."""
     class Guarded(base):
         def _new_conn(self):
+            try:
+                found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
+            except OSError as error:
+                raise WebError("network", "no such host") from error
+            for *_, address in found:
+                check_address(address[0], allow_loopback)
             sock = super()._new_conn()
             try:
                 check_address(sock.getpeername()[0], allow_loopback)

@@ -1,0 +1,436 @@
+"""Evaluation on GAIA, or without access to it on an offline set of the same format.
+
+    python eval_gaia.py --ckpt out/                                  # the offline set
+    python eval_gaia.py --ckpt out/ --gaia-dir GAIA                  # the benchmark, 165 questions of validation
+    python eval_gaia.py --model Qwen2.5-7B --gaia-dir GAIA --out base
+    python eval_gaia.py --compare base out_eval                      # paired: which questions were gained and lost
+
+Owns choosing questions and settings, running them through the very `rollout` that training uses, resuming, and what is
+said about the results. Everything is written to --out: settings.json, trajectories.jsonl (one line a question and
+sample), results.json, and with --export the leaderboard's submission.jsonl.
+
+Read in this order: `evaluate` (the loop), `record_of` and `category_of` (what is noted of one trajectory), `summary`
+(the figures), `compare`, then the settings and the command line.
+
+Rules: the official score decides; heuristic and LLM stand beside it. Denominators are the questions chosen, whatever
+happened to them. Failures of the host are retried and never counted as an answer; what never ran counts as missing, and
+wrong. The test split has no answers here: it is exported, not scored.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from tqdm import tqdm
+
+from executor import Executor
+from policy import Policy, load_policy
+from reward import Judge, Reward, clean, compute_rewards, heuristic_judge
+from rollout import Sampling, Trajectory, rollout
+from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
+from tools import NEEDS, Call, Tool, UserError, load_tools, open_web, preflight, prompt_text
+from web import Web
+
+OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions of GAIA's validation split, by level
+HIDDEN = "?"                                     # stands for the answers of the test split
+RETRIES = 2                                      # further rounds for what the host broke
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval for a share (95 %)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = right / n, z * z
+    centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, of n of which `right` are (Chen et al. 2021, arXiv 2107.03374)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p of the pairs that differ: binomial(gained + lost, 1/2)."""
+    n = gained + lost
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** n)
+
+
+def paired_bootstrap(differences: list[float], rounds: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of paired differences, by drawing questions with replacement."""
+    rng, n = random.Random(seed), len(differences)
+    means = sorted(fmean(rng.choices(differences, k=n)) for _ in range(rounds))
+    return means[int(0.025 * rounds)], means[int(0.975 * rounds) - 1]
+
+
+# ------------------------------------------------------------------------------------------------ one trajectory
+def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, loosely_right: bool) -> str:
+    """What became of one trajectory: "right", or the first of the ways to fail that applies."""
+    text = "\n".join(step.observation for step in t.steps)
+    kinds, statuses = {c.outcome for c in calls}, {step.status for step in t.steps}
+    absent = any(f"NameError: name '{tool.name}'" in text for tool, *_ in NEEDS)
+    repeated = Counter((c.tool, c.arguments) for c in calls).most_common(1)
+    last = t.steps[-1] if t.steps else None
+    ways = [
+        ("right", official), ("infrastructure", t.stop_reason == "error"),
+        ("format_only", t.answer is not None and loosely_right), ("wrong", t.answer is not None),
+        ("no_code", not any(step.code for step in t.steps)), ("cache_miss", "cache_miss" in kinds),
+        ("blocked", "blocked" in kinds), ("tool_unavailable", absent),
+        ("repeated_call", bool(repeated) and repeated[0][1] >= 3),
+        ("timeout", bool(statuses & {"timeout", "killed"}) or "timeout" in kinds),
+        ("syntax", last is not None and "SyntaxError" in last.observation), ("runtime", last is not None and last.status == "error"),
+        ("context_limit", t.stop_reason in ("context_limit", "length")), ("step_limit", t.stop_reason == "turn_limit")]
+    return next((name for name, applies in ways if applies), "no_answer")
+
+
+def record_of(task: Task, t: Trajectory, calls: list[Call], reward: Reward) -> dict:
+    """One line of trajectories.jsonl."""
+    rule = heuristic_judge(task.question, task.answer, t.answer)
+    official = reward.official and task.answer != HIDDEN
+    return {
+        "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
+        "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
+        "answer": t.answer, "official": official, "heuristic": rule,
+        "llm": bool(reward.answer) if reward.source == "llm" else None,
+        "category": category_of(task, t, calls, official, rule == "right" or reward.answer == 1),
+        "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2), "tool_calls": len(calls),
+        "cache_hits": sum(c.hits for c in calls), "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls),
+        "trajectory": t.to_dict()}
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+@dataclass
+class Evaluation:
+    """What an evaluation works with."""
+    policy: Policy
+    tasks: list[Task]
+    tools: list[Tool]
+    log: list[Call]                              # where the tools note their calls
+    web: Web
+    judge: Judge
+    sampling: Sampling
+    samples: int
+    seed: int
+    out: Path
+    chunk: int = 64                              # questions that are rolled out, then written, together
+
+
+def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
+    """All records, old and new: every (question, sample) that is not on file is rolled out, and written by the chunk."""
+    file = run.out / "trajectories.jsonl"
+    records = {(r["task_id"], r["sample"]): r for r in read_records(file)}
+    file.write_text("".join(json.dumps(r) + "\n" for r in records.values()))    # without the line a kill cut off
+    missing = [(s, t) for s in range(run.samples) for t in run.tasks if (t.id, s) not in records]
+    total = len(run.tasks) * run.samples
+    if len(missing) < total:
+        print(f"resumed {run.out}: {total - len(missing)} of {total} are done")
+    with tqdm(total=len(missing), desc="questions", unit="traj", disable=None) as bar, file.open("a") as out:
+        for again in range(1 + RETRIES):
+            for s, tasks in chunks(missing, run.chunk):
+                for record in roll_out(run, executor, tasks, s, None if again else bar):
+                    records[record["task_id"], s] = record
+                    if record["category"] != "infrastructure":
+                        out.write(json.dumps(record) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+            missing = [(s, t) for s, t in missing if records[t.id, s]["category"] == "infrastructure"]
+    return [records[t.id, s] for t in run.tasks for s in range(run.samples)]
+
+
+def chunks(missing: list[tuple[int, Task]], size: int):
+    """(sample, at most `size` tasks of that sample, no question twice: calls are told apart by their question)."""
+    waiting = list(missing)
+    while waiting:
+        sample, taken, questions = waiting[0][0], [], set()
+        for s, task in waiting:
+            if s == sample and task.question not in questions and len(taken) < size:
+                taken.append(task)
+                questions.add(task.question)
+        ids = {t.id for t in taken}
+        waiting = [(s, t) for s, t in waiting if s != sample or t.id not in ids]
+        yield sample, taken
+
+
+def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
+    """One sample of each task -> records. Sample s has a seed of its own, so that any one of them can be made alone."""
+    run.log.clear()
+    groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
+    pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
+    return [record_of(task, t, [c for c in run.log if c.question == task.question], reward)
+            for (task, t), reward in zip(pairs, compute_rewards(pairs, run.judge))]
+
+
+def read_records(file: Path) -> list[dict]:
+    """The whole lines of a trajectories.jsonl; a last line without its end was cut by a kill."""
+    if not file.exists():
+        return []
+    lines = file.read_text("utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not a file of eval_gaia.py: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ what is said
+def share(records: list[dict], key="official") -> dict:
+    """Mean over questions of the share of their samples that is right, with a Wilson interval over questions."""
+    by_task = defaultdict(list)
+    for r in records:
+        by_task[r["task_id"]].append(r[key] == "right" if key == "heuristic" else bool(r[key]))
+    n, accuracy = len(by_task), fmean(map(fmean, by_task.values())) if by_task else 0.0
+    return {"accuracy": accuracy, "n": n, "wilson95": wilson(accuracy * n, n)}
+
+
+def vote(records: list[dict]) -> bool:
+    """maj@k: whether the answer that most samples of a question gave is right; the earliest among equals."""
+    answers = Counter(clean(r["answer"]) for r in records if r["answer"] is not None)
+    if not answers:
+        return False
+    first = answers.most_common(1)[0][0]
+    return next(r["official"] for r in records if r["answer"] is not None and clean(r["answer"]) == first)
+
+
+def summary(records: list[dict], samples: int) -> dict:
+    """results.json: the official accuracy first, then everything beside it."""
+    def table(key):
+        return {value: share([r for r in records if r[key] == value]) for value in sorted({r[key] for r in records})}
+    by_task = defaultdict(list)
+    for r in records:
+        by_task[r["task_id"]].append(r)
+    result = {**share(records), "levels": table("level"), "attachments": table("attachment"),
+              "text_only": share([r for r in records if r["attachment"] == "none"]),
+              "heuristic": share(records, "heuristic"), "unsure": sum(r["heuristic"] == "unsure" for r in records),
+              "llm_asked": sum(r["llm"] is not None for r in records), "llm_right": sum(bool(r["llm"]) for r in records),
+              "missing": sum(r["answer"] is None for r in records), "categories": Counter(r["category"] for r in records),
+              "mean": {k: fmean(r[k] for r in records) for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
+    if samples > 1:
+        right = [sum(r["official"] for r in group) for group in by_task.values()]
+        result["pass_at_k"] = {k: fmean(pass_at_k(samples, c, k) for c in right)
+                               for k in sorted({1, samples, *(2 ** i for i in range(1, 10) if 2 ** i < samples)})}
+        result["maj_at_k"] = {samples: fmean(vote(group) for group in by_task.values())}
+    return result
+
+
+def line(name: str, s: dict) -> str:
+    low, high = s["wilson95"]
+    return f"  {name:<28} {100 * s['accuracy']:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {s['n']}"
+
+
+def printed(result: dict, samples: int) -> str:
+    """The tables, as text."""
+    lines = ["official score (95 % Wilson interval over questions)", line("all", result)]
+    lines += [line(f"level {k}", v) for k, v in result["levels"].items()]
+    lines += ["by attachment"] + [line(k, v) for k, v in result["attachments"].items()]
+    lines += [line("text-only subset", result["text_only"]), "beside it, never instead",
+              line("heuristic judge", result["heuristic"]) + f"  ({result['unsure']} unsure)",
+              f"  LLM judge: asked {result['llm_asked']} times, where unsure; right {result['llm_right']}"]
+    if samples > 1:
+        lines += [f"  pass@{k} {100 * v:.1f} %" for k, v in result["pass_at_k"].items()]
+        lines += [f"  maj@{k} {100 * v:.1f} %" for k, v in result["maj_at_k"].items()]
+    lines += ["what became of them: " + ", ".join(f"{k} {v}" for k, v in Counter(result["categories"]).most_common()),
+              f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())]
+    return "\n".join(lines)
+
+
+def compare(base: Path, trained: Path) -> dict:
+    """Two evaluations of the same questions, paired. UserError if they are not of the same questions."""
+    sides = []
+    for path in (base, trained):
+        file = path / "trajectories.jsonl" if path.is_dir() else path
+        if not (records := read_records(file)):
+            raise UserError(f"--compare: {file} holds no evaluation")
+        scores = defaultdict(list)
+        for r in records:
+            scores[r["task_id"]].append(r["official"])
+        sides.append(scores)
+    a, b = sides
+    if set(a) != set(b):
+        raise UserError(f"--compare: the questions differ: {len(set(a) - set(b))} only in {base}, "
+                        f"{len(set(b) - set(a))} only in {trained}")
+    gained = sorted(t for t in a if b[t][0] and not a[t][0])
+    lost = sorted(t for t in a if a[t][0] and not b[t][0])
+    differences = [fmean(b[t]) - fmean(a[t]) for t in sorted(a)]
+    return {"n": len(a), "base": fmean(map(fmean, a.values())), "trained": fmean(map(fmean, b.values())),
+            "difference": fmean(differences), "bootstrap95": paired_bootstrap(differences),
+            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost))}    # of the first samples
+
+
+# ------------------------------------------------------------------------------------------------ settings, command line
+def choose_tasks(args, out: Path, difficulty: int) -> tuple[list[Task], str]:
+    """(the questions, where they come from)."""
+    if args.gaia_dir is None:
+        tasks = builtin_tasks("heldout", 264, 0, CORE + HARD, difficulty)
+        export_gaia(tasks, out / "offline_set")
+        tasks, source = read_gaia(out / "offline_set"), "offline"
+    else:
+        tasks, source = read_gaia(hub_copy() if args.gaia_dir == "hub" else args.gaia_dir, args.split), "gaia"
+    if unknown := set(args.ids or []) - {t.id for t in tasks}:
+        raise UserError(f"--ids: no question {min(unknown)}")
+    tasks = [t for t in tasks if t.level in (args.levels or [t.level]) and t.id in (args.ids or [t.id])][:args.limit]
+    if not tasks:
+        raise UserError("no question is left: see --levels, --ids, --limit")
+    return tasks, source
+
+
+def hub_copy() -> str:
+    """GAIA from the hub, which wants a token whose owner has accepted the dataset's conditions."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError("GAIA cannot be fetched: ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA "
+                        f"(given at once), then `hf auth login` or HF_TOKEN=...: {type(error).__name__}") from error
+
+
+def inherited(ckpt: Path | None) -> dict:
+    """What train.py wrote beside the adapter; {} for an adapter that comes from elsewhere."""
+    if ckpt is None:
+        return {}
+    if not ckpt.is_dir():
+        raise UserError(f"--ckpt {ckpt}: no such folder")
+    if (ckpt / "run.json").is_file():
+        return json.loads((ckpt / "run.json").read_text())
+    try:
+        return {"model": json.loads((ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]}
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"--ckpt {ckpt}: there is no adapter in it (adapter_config.json)") from error
+
+
+def file_hash(folder: Path | None) -> str:
+    file = folder / "adapter_model.safetensors" if folder else None
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file and file.is_file() else ""
+
+
+def settle_out(out: Path, settings: dict) -> None:
+    """An evaluation with other settings in `out` is moved aside; one with the same settings goes on."""
+    stored = out / "settings.json"
+    if stored.is_file() and json.loads(stored.read_text()) != settings:
+        free = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
+        out.rename(f"{out}.{free}")
+        print(f"{out} held another evaluation: it was moved to {out}.{free}")
+    elif out.exists() and not stored.is_file() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty and holds no evaluation: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(settings, indent=1))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python eval_gaia.py --help lists the flags)")
+
+
+def parse_args(argv=None):
+    p = OneLineParser(prog="eval_gaia.py", allow_abbrev=False, description="Evaluate on GAIA, or on an offline set.")
+    p.add_argument("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
+    p.add_argument("--model", help="model to evaluate; without --ckpt the base model, untrained")
+    p.add_argument("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
+    p.add_argument("--split", default="validation", choices=["validation", "test"])
+    p.add_argument("--levels", nargs="+", choices=["1", "2", "3"])
+    p.add_argument("--ids", nargs="+", help="task_ids")
+    p.add_argument("--limit", type=int, help="the first N questions")
+    p.add_argument("--samples", type=int, default=1, help="samples a question; more than 1 are drawn at temperature 1")
+    p.add_argument("--temperature", type=float, help="default: 0 for one sample, else 1")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, default=Path("eval_out"))
+    p.add_argument("--quantize", choices=["auto", "none", "nf4"])
+    p.add_argument("--judge", default="heuristic", help="heuristic, local or URL: shown beside the official score")
+    p.add_argument("--judge-model")
+    p.add_argument("--tools", help="my_tools.py: your own, beside the built-in ones; default: what training had")
+    p.add_argument("--cache", default="live", help="live, record[:FILE] or replay[:FILE]; FILE: web.sqlite")
+    p.add_argument("--sandbox", default="auto", help="auto, bwrap or none")
+    p.add_argument("--export", action="store_true", help="write submission.jsonl for the leaderboard")
+    p.add_argument("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="two evaluations, paired")
+    return p.parse_args(argv)
+
+
+def prepare(args) -> tuple[Evaluation, dict]:
+    """Everything loaded, and the settings that a trajectory depends on."""
+    run = inherited(args.ckpt)
+    model = args.model or run.get("config", run).get("model", "tiny")
+    policy = load_policy(model, args.quantize or run.get("quantize", "auto"), adapter=args.ckpt)
+    known = run.get("sampling") or {f: getattr(policy.preset, f) for f in
+                                    ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")}
+    temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
+    sampling = Sampling(**{**known, "temperature": temperature})
+    web, log = open_web(args.cache), []
+    offline = args.gaia_dir is None
+    own = load_tools(args.tools or run.get("tools"), web)
+    tools = [replace(t, log=log) for t in (BUILTIN_TOOLS if offline else load_tools("web", web)) + own]
+    settings = {"model": policy.name, "adapter": file_hash(args.ckpt), "sampling": asdict(sampling), "seed": args.seed,
+                "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
+                "data": args.gaia_dir or "offline", "split": args.split, "judge": [args.judge, args.judge_model],
+                "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
+    return Evaluation(policy, [], tools, log, web, Judge(args.judge, args.judge_model, policy, web.cache), sampling,
+                      args.samples, args.seed, args.out), settings
+
+
+def announce(run: Evaluation, source: str, sandbox: str) -> None:
+    """What will be run, before it costs anything."""
+    n = len(run.tasks) * run.samples
+    if source == "offline":
+        print("No --gaia-dir: this is the offline set of held-out built-in tasks in GAIA's format, NOT GAIA.\n"
+              "GAIA: --gaia-dir hub with access from https://huggingface.co/datasets/gaia-benchmark/GAIA")
+    else:
+        for t, why in preflight(run.web):
+            print(f"  {t.name:<12} {'live' if not why else 'left out: ' + why}")
+        most = 0 if run.web.cache.mode == "replay" else n * run.sampling.max_turns
+        print(f"  web calls: about {most} if every turn makes one ({n} trajectories, {run.sampling.max_turns} turns)"
+              if most else "  web calls: none, the web is replayed")
+    print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, temperature {run.sampling.temperature}, "
+          f"sandbox {sandbox}, cache {run.web.cache.mode}, tools {', '.join(t.name for t in run.tools)}")
+
+
+def main(argv=None) -> int:
+    """Exit status: 0 done, 2 bad input, 130 interrupted (the same command goes on)."""
+    try:
+        args = parse_args(argv)
+        if args.compare:
+            print(json.dumps(compare(*args.compare), indent=1))
+            return 0
+        with Executor(args.sandbox) as executor:
+            run, settings = prepare(args)
+            settle_out(args.out, settings)
+            run.tasks, source = choose_tasks(args, args.out, inherited(args.ckpt).get("config", {}).get("difficulty", 0))
+            announce(run, source, executor.sandbox)
+            records = evaluate(run, executor)
+        finish(args, run, records, source)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing is lost: the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
+    """results.json, the tables, the submission."""
+    if args.export:
+        (args.out / "submission.jsonl").write_text("".join(json.dumps(
+            {"task_id": r["task_id"], "model_answer": r["answer"] or "",
+             "reasoning_trace": "\n".join(s["text"] for s in r["trajectory"]["steps"])}) + "\n"
+            for r in records if r["sample"] == 0))
+    if any(r["gold"] == HIDDEN for r in records):
+        print(f"the answers of this split are hidden: nothing is scored; see {args.out}/submission.jsonl (--export)")
+        return
+    result = {**summary(records, run.samples), "data": source, "cache": run.web.cache.digest(),
+              "cache_counts": run.web.cache.counts, "benchmark_pages_dropped": run.web.counts["benchmark"]}
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    print(printed(result, run.samples))
+    if source == "gaia" and not (args.levels or args.ids or args.limit):
+        if (sizes := {k: v["n"] for k, v in result["levels"].items()}) != OFFICIAL:
+            print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
+    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
