@@ -72,7 +72,7 @@ LONGEST = 1000                           # characters of an answer; a longer one
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 NUMBER_WORDS = {word: n for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split())}
+    "eighteen nineteen".split())} | dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = {alias: (dimension, Fraction(factor)) for dimension, factor, aliases in (
     ("%", "1", "% percent percentage"), ("$", "1", "$ usd dollar"), ("€", "1", "€ eur euro"), ("£", "1", "£ gbp"),
@@ -117,16 +117,19 @@ class Quantity:
     unit: str                            # "" or what stands beside the number, singular
     scaled: bool                         # whether a word such as "million" is in the value
     places: int                          # decimals written
-    fraction: bool                       # written as a/b
+    divisor: int                         # of a number written as a/b, else 1
 
 
 def quantity(text: str) -> Quantity | None:
     """A cleaned text that is one number, with at most a unit beside it, as a Quantity; else None."""
     text = re.sub(r"^(?:about|approximately|approx\.?|around|roughly|exactly|~|≈|=) *", "", text)
     text = re.sub(r"(\d) ?[x*·] ?10\^? ?\{?([-+]?\d+)\}?", r"\1e\2", text)
-    words = text.replace("-", " ").split()
-    if words and words[0] in NUMBER_WORDS:
-        text = " ".join([str(NUMBER_WORDS[words[0]]), *words[1:]])
+    text = re.sub(r"^(?:minus|negative|-) *(?=[\d.$€£])", "-", text)
+    words = re.split("[ -]", text)
+    if words[0] in NUMBER_WORDS:
+        ones = NUMBER_WORDS.get(words[1], 10) if len(words) > 1 and NUMBER_WORDS[words[0]] >= 20 else 10
+        number = str(NUMBER_WORDS[words[0]] + (ones if 0 < ones < 10 else 0))
+        text = " ".join([number, *words[2 if 0 < ones < 10 else 1:]])
     match = re.fullmatch(r"([$€£]|usd|eur|gbp)? ?([-+]?)([$€£]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.(\d+))?|\.(\d+))"
                          r"(e[-+]?\d{1,3})?(/\d+)? ?(hundred|thousand|million|billion|trillion)? ?([a-z°%$€£][^\d,;]{0,40})?", text)
     if not match:
@@ -138,7 +141,7 @@ def quantity(text: str) -> Quantity | None:
     value = value * SCALES.get(scale, 1) / (int(divisor[1:]) if divisor else 1)
     unit = (before or inner or after or "").strip(" .")
     unit = unit if unit in UNITS else unit.removesuffix("s")
-    return Quantity(value, unit, bool(scale), len(places or places2 or ""), bool(divisor))
+    return Quantity(value, unit, bool(scale), len(places or places2 or ""), int(divisor[1:]) if divisor else 1)
 
 
 def unit_asked(question: str, unit: str) -> bool:
@@ -152,29 +155,34 @@ def unit_asked(question: str, unit: str) -> bool:
 
 def judge_quantity(question: str, gold: Quantity, answer: str) -> str:
     given = quantity(answer)
-    if given is None:    # a sentence or several numbers
-        numbers = [quantity(t) for t in tokens(answer)]
+    if given is None:    # a sentence, several numbers, a decimal comma
+        numbers = [quantity(t) for t in (*tokens(answer), answer.replace(",", "."))]
         return UNSURE if any(q and q.value == gold.value for q in numbers) else WRONG
     ours, theirs = UNITS.get(gold.unit), UNITS.get(given.unit)
-    equal = gold.value == given.value
     if ours and theirs and ours != theirs:
         if ours[0] != theirs[0]:
-            return WRONG if equal else UNSURE if {ours[0], theirs[0]} == {"°c", "°f"} else WRONG
+            return UNSURE if {ours[0], theirs[0]} == {"°c", "°f"} and gold.value != given.value else WRONG
         wanted, got = gold.value * ours[1], given.value * theirs[1]
         return RIGHT if wanted == got else UNSURE if abs(wanted - got) <= abs(wanted) / 50 else WRONG
-    if not equal:
-        rounded = round(given.value, gold.places) == gold.value and given.places > gold.places
-        other_scale = gold.scaled != given.scaled or gold.fraction != given.fraction
-        other_unit = theirs and not ours and any(
-            given.value * theirs[1] == gold.value * factor for dim, factor in UNITS.values() if dim == theirs[0])
-        percent = "%" in (gold.unit, given.unit) and gold.unit != given.unit and (
-            gold.value in (given.value * 100, given.value / 100))
-        near = other_scale and any(abs(gold.value / given.value - s) < Fraction(s, 50)
-                                   for s in (*SCALES.values(), 1)) if given.value else False
-        return UNSURE if rounded or near or other_unit or percent else WRONG
+    if gold.value != given.value:
+        return UNSURE if perhaps_equal(gold, given) else WRONG
     if gold.unit == given.unit or (ours and ours == theirs):
-        return UNSURE if gold.fraction != given.fraction else RIGHT
+        return UNSURE if gold.divisor != given.divisor else RIGHT
     return RIGHT if not (gold.unit and given.unit) and unit_asked(question, gold.unit or given.unit) else UNSURE
+
+
+def perhaps_equal(gold: Quantity, given: Quantity) -> bool:
+    """Whether two values that differ may still mean the same: rounded, or counted in thousands, hundredths, metres."""
+    ratio = given.value / gold.value if gold.value else Fraction(0)
+    factors = [Fraction(1)] if given.places > gold.places or gold.divisor != given.divisor else []
+    if gold.scaled != given.scaled:
+        factors += [Fraction(s) ** sign for s in (1, *SCALES.values()) for sign in (1, -1)]
+    if "%" in (gold.unit, given.unit) and gold.unit != given.unit:
+        factors += [Fraction(100), Fraction(1, 100)]
+    if given.unit in UNITS and not gold.unit:
+        dimension, factor = UNITS[given.unit]
+        factors += [other / factor for name, other in UNITS.values() if name == dimension and other != factor]
+    return any(abs(ratio / f - 1) < Fraction(1, 50) for f in factors)
 
 
 def dates(text: str) -> set[tuple]:
@@ -238,13 +246,16 @@ def judge_list(question: str, gold: str, answer: str) -> str:
 
 def judge_text(gold: str, answer: str) -> str:
     wanted, given = tokens(gold), tokens(answer)
-    plain = not re.search(r"[\d^=<>+/*\\|&#%$@~]", gold + answer)
+    # where signs carry meaning (1.5 and 15, x+1 and x-1, C and C#) only the same signs are right
+    plain = not any(c.isdigit() or c in "*/\\&#%@" or unicodedata.category(c)[0] == "S" for c in gold + answer)
     if gold == answer or plain and "".join(wanted) == "".join(given):
         return RIGHT
-    numbers = [{t for t in side if t[-1].isdigit()} for side in (wanted, given)]
+    if re.sub(r"\W", "", gold) == re.sub(r"\W", "", answer):
+        return UNSURE
+    numbers = [set(re.findall(r"\d+", side)) for side in (gold, answer)]
     if all(numbers) and not numbers[0] & numbers[1]:
         return WRONG
-    initials = ["".join(t[0] for t in side) for side in (wanted, given)]
+    initials = ["".join(t[0] for t in side if t not in ("of", "and")) for side in (wanted, given)]
     alike = (set(wanted) <= set(given) or set(given) <= set(wanted) or len(set(wanted) & set(given)) * 2 >= len(wanted)
              or len(wanted) > 1 and initials[0].startswith("".join(given)[:3])
              or len(given) > 1 and initials[1].startswith("".join(wanted)[:3])
@@ -269,7 +280,7 @@ def heuristic_judge(question: str, gold: str, answer: str | None) -> str:
     """"right", "wrong" or "unsure", by rules alone."""
     if answer is None or not answer.strip() or len(answer) > LONGEST:
         return WRONG
-    wanted, given = clean(gold), clean(answer)
+    wanted, given = clean(gold), clean(answer.strip().replace("\n", ", "))
     if len(gold.strip()) <= 2 and gold.strip() != answer.strip() and wanted == given and not gold.strip().isdigit():
         return UNSURE    # Co and CO, mW and MW
     if re.search("[,;]", wanted) and not quantity(wanted) and not dates(wanted):
