@@ -48,10 +48,12 @@ class Preset:
     beta: float = 1e-3              # of the KL penalty; 0 skips the reference pass
     minibatches: int = 1            # optimiser steps a batch
     token_budget: int = 8192        # padded tokens a micro-batch
+    eval_every: int = 20            # steps between quick held-out evaluations
+    eval_tasks: int = 64            # held-out tasks: of --data in all, of the built-in tasks per family
 
 
 TINY = Preset(prompt="short", max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64, groups=12, steps=50,
-              lr=1e-3, schedule="cosine", beta=0.0, minibatches=3, token_budget=2048)
+              lr=1e-3, schedule="cosine", minibatches=3, token_budget=2048, eval_every=10, eval_tasks=56)
 
 
 def preset_for(parameters: int) -> Preset:
