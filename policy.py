@@ -184,7 +184,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
             torch.manual_seed(seed)
             network = get_peft_model(base, lora)        # fp32; its B is 0, so it begins as the reference policy
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(network.eval(), tokenizer, device, name, preset_for(parameters))
 
 
