@@ -85,6 +85,8 @@ UNITS = {alias: (dimension, Fraction(factor)) for dimension, factor, aliases in 
     ("°c", "1", "°c c celsius"), ("°f", "1", "°f f fahrenheit")) for alias in aliases.split()}
 LEAD_IN = re.compile(r"^(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final |correct )?(?:answer|result)"
                      r"(?: is|:| =)+\s*", re.IGNORECASE)
+CODE = re.compile(r"\b(?:version|code|hash|room|plate|serial|id|isbn|password|phone)\b", re.I)    # 007 is not 7 there
+SPELLED = re.compile(r"\b(?:words?|letters?|spell\w*|spanish|german|french|italian|turkish|languages?|translat\w*)\b", re.I)
 ORDERED = re.compile(r"\border\b|alphabet|chronolog|ascending|descending|rank|respectively|sorted|first to last", re.I)
 
 
@@ -148,7 +150,7 @@ def unit_asked(question: str, unit: str) -> bool:
     """Whether the question names this unit, and no other of its dimension."""
     words = {w if w in UNITS else w.removesuffix("s") for w in re.findall(r"[^\W\d_]+|[$€£%]", clean(question))}
     if unit not in UNITS:
-        return bool(unit) and set(unit.split()) <= words | {w + "s" for w in words}
+        return bool(unit) and bool(re.search(rf"how (?:many|much) (?:\w+ )?{re.escape(unit)}s?\b", clean(question)))
     asked = {UNITS[w] for w in words - {"in", "s", "c", "f", "m", "h", "g", "l"} if w in UNITS}
     return {u for u in asked if u[0] == UNITS[unit][0]} == {UNITS[unit]}
 
@@ -210,15 +212,16 @@ def judge_date(gold: set[tuple], given: set[tuple]) -> str:
     return UNSURE if compatible else WRONG
 
 
-def judge_yes_no(gold: str, answer: str) -> str:
+def judge_yes_no(question: str, gold: str, answer: str) -> str:
     polarity = {"yes": True, "true": True, "no": False, "false": False}
     words = tokens(answer)
     if not words or words[0] not in polarity:
         return UNSURE if len(words) <= 20 else WRONG
     if polarity[words[0]] != polarity[gold]:
         return WRONG
-    doubt = set(words[1:]) & {"not", "no", "yes", "true", "false", "but", "however", "never", "unless", "if", "or"}
-    return UNSURE if doubt else RIGHT
+    # what follows must say the same: the question again, with a "not" after a "no" and only there
+    echo = set(words[1:]) - {"not"} <= set(tokens(clean(question))) and ("not" in words) != polarity[gold]
+    return RIGHT if len(words) == 1 or echo else UNSURE
 
 
 def parts(text: str) -> list[str]:
@@ -244,10 +247,15 @@ def judge_list(question: str, gold: str, answer: str) -> str:
     return WRONG if ORDERED.search(question) else UNSURE
 
 
+def signs(text: str) -> str:
+    """The characters of a text that may carry meaning (C and C#, a-b and a b, B- and B), those of prose left out."""
+    text = re.sub(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})|!$", "", text)
+    return re.sub(r"[^\W\d_]|[\s.,'\"?:;]", "", text)
+
+
 def judge_text(gold: str, answer: str) -> str:
     wanted, given = tokens(gold), tokens(answer)
-    # where signs carry meaning (1.5 and 15, x+1 and x-1, C and C#) only the same signs are right
-    plain = not any(c.isdigit() or c in "*/\\&#%@" or unicodedata.category(c)[0] == "S" for c in gold + answer)
+    plain = not re.search(r"\d", gold + answer) and signs(gold) == signs(answer)
     if gold == answer or plain and "".join(wanted) == "".join(given):
         return RIGHT
     if re.sub(r"\W", "", gold) == re.sub(r"\W", "", answer):
@@ -267,11 +275,10 @@ def judge_text(gold: str, answer: str) -> str:
 def judge_one(question: str, gold: str, answer: str) -> str:
     """The branch for one cleaned gold answer that is no list."""
     if gold in ("yes", "no", "true", "false"):
-        return judge_yes_no(gold, answer)
+        return judge_yes_no(question, gold, answer)
     if gold_dates := dates(gold):
         return judge_date(gold_dates, given) if (given := dates(answer)) else judge_text(gold, answer)
-    a_code = re.match(r"0\d", gold) or "version" in question.lower()    # 007 is not 7, Python 3.10 is not 3.1
-    if not a_code and (wanted := quantity(gold)):
+    if not (re.match(r"0\d", gold) or CODE.search(question)) and (wanted := quantity(gold)):
         return judge_quantity(question, wanted, answer)
     return judge_text(gold, answer)
 
@@ -281,11 +288,20 @@ def heuristic_judge(question: str, gold: str, answer: str | None) -> str:
     if answer is None or not answer.strip() or len(answer) > LONGEST:
         return WRONG
     wanted, given = clean(gold), clean(answer.strip().replace("\n", ", "))
-    if len(gold.strip()) <= 2 and gold.strip() != answer.strip() and wanted == given and not gold.strip().isdigit():
-        return UNSURE    # Co and CO, mW and MW
     if re.search("[,;]", wanted) and not quantity(wanted) and not dates(wanted):
-        return judge_list(question, wanted, given)
-    return judge_one(question, wanted, given)
+        verdict = judge_list(question, wanted, given)
+    else:
+        verdict = judge_one(question, wanted, given)
+    return UNSURE if verdict == RIGHT and letters_matter(question, gold, answer) else verdict
+
+
+def letters_matter(question: str, gold: str, answer: str) -> bool:
+    """Whether a difference that `clean` removes may count: Co and CO, GB and Gb; año and ano where words are asked for."""
+    short = re.findall(r"[^\W\d_]+", gold) if len(gold.split()) <= 2 else []
+    other_case = any(len(w) <= 2 and w not in answer and w.lower() in answer.lower() for w in short)
+    marks = [sorted(c for c in unicodedata.normalize("NFKD", t) if unicodedata.combining(c) or c in "ßøłđæœ")
+             for t in (gold, answer)]
+    return other_case or bool(SPELLED.search(question)) and marks[0] != marks[1]
 
 
 # ------------------------------------------------------------------------------------------------ the LLM judge
@@ -307,11 +323,11 @@ def neutral(text: str, limit: int) -> str:
 
 
 def verdict_in(reply: str) -> bool | None:
-    """True or False if the reply gives exactly one of the two verdicts, else None."""
-    found = {word.upper() for word in re.findall(r"\b(IN)?CORRECT\b", reply, re.IGNORECASE)}
-    if len(found) != 1 or len(reply) > 200 or re.search(r"\bnot\b|n't\b", reply, re.IGNORECASE):
-        return None
-    return found == {""}
+    """True or False if the reply ends in one of the two lines and nowhere says the other, else None."""
+    lines = reply.strip().splitlines() or [""]
+    last = re.fullmatch(r"\W*verdict:\W*(in)?correct\W*", lines[-1], re.IGNORECASE)
+    said = {word.lower() for word in re.findall(r"verdict:\W*(?:in)?correct", reply, re.IGNORECASE)}
+    return None if last is None or len({"incorrect" in word for word in said}) != 1 else last[1] is None
 
 
 @dataclass(frozen=True)
