@@ -28,7 +28,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -37,6 +37,7 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -165,6 +166,7 @@ class Run:
     out: Path
     rank: int = 0
     size: int = 1
+    places: int = 0                                  # groups of a batch on this rank
     started: float = field(default_factory=time.monotonic)
 
     step: int = 0
@@ -176,6 +178,7 @@ class Run:
     before: dict | None = None                       # the evaluation before any update
     pending: dict | None = None                      # metrics of `step`, not logged yet
     history: list[dict] = field(default_factory=list)
+    ended: bool = False
 
     @property
     def main(self) -> bool:
@@ -214,14 +217,14 @@ class Run:
 def train(run: Run):
     """The method."""
     finish_step(run)                                             # step 0: the evaluation before any update
-    while run.step < run.cfg.steps and not out_of_time(run):
+    while not run.ended:
         run.step += 1
         clock = Clock()
-        groups = judge(run, sample(run, run.cfg.groups, clock), clock)
+        groups = judge(run, sample(run, run.places, clock), clock)
         fresh = advantage(run, groups)
         replayed = replay(run, len(fresh))
         for again in range(1, run.cfg.resample + 1):             # places that replay did not fill: sample again
-            if missing := run.cfg.groups - len(fresh) - len(replayed):
+            if missing := max(everyone(run, run.places - len(fresh) - len(replayed))):
                 extra = judge(run, sample(run, missing, clock, again), clock)
                 groups, fresh = groups + extra, fresh + advantage(run, extra)
         stats = update(run, fresh, replayed, clock)
@@ -276,7 +279,7 @@ def advantage(run: Run, groups: list[Group]) -> list[Group]:
 def replay(run: Run, filled: int) -> list[queue.Entry]:
     """Queued groups for the places that are not filled, at most a set share of the batch."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
-    places = min(run.cfg.groups - filled, int(run.cfg.replay_share * run.cfg.groups))
+    places = min(run.places - filled, int(run.cfg.replay_share * run.places))
     return run.queue.sample(places, run.step, rng)
 
 
@@ -313,9 +316,10 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 def finish_step(run: Run):
     """Evaluate if due, then write the step's one line. Done again on resume if a kill came before the line."""
-    last = run.step >= run.cfg.steps or out_of_time(run)
-    if run.step == 0 or last or run.step % run.cfg.eval_every == 0:
-        run.pending |= evaluate(run, full=run.step == 0 or last)
+    run.ended = run.step >= run.cfg.steps or out_of_time(run)
+    full = run.step == 0 or run.ended
+    if full or run.step % run.cfg.eval_every == 0:
+        run.pending |= evaluate(run, full)
         if run.step == 0:
             run.before = run.pending
             estimate(run)
@@ -384,7 +388,8 @@ def evaluate(run: Run, full: bool) -> dict:
     A quick evaluation takes every fourth task of each family, and no pass@8; out/best is chosen on those tasks.
     """
     start = time.perf_counter()
-    quick = [task for i, task in enumerate(run.heldout) if i % 4 == 0]
+    quick = [t for family in dict.fromkeys(t.family for t in run.heldout)
+             for t in [t for t in run.heldout if t.family == family][::4]]
     tasks = run.heldout if full else quick
     plans = [("greedy", tasks, 0.0, 1), ("sampled", tasks, 1.0, 1)] + [("pass@8", quick, 1.0, 8)] * full
     families: dict[str, dict] = {}
@@ -506,8 +511,12 @@ LOGS = ("metrics.jsonl", "trajectories.jsonl")
 
 
 def append(path: Path, rows: list[dict]):
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    try:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}); make room, then python train.py --resume --out "
+                        f"{path.parent}: it cuts the file back to the last checkpoint") from error
 
 
 def write_synced(path: Path, text: str):
@@ -548,10 +557,10 @@ def save(run: Run):
             publish(whole / "adapter_model.safetensors", run.out)
             for old in sorted(states.glob("step-*"))[:-2]:
                 shutil.rmtree(old)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot save the checkpoint of step {run.step} ({error}); the previous one is whole: make "
-                        f"room, then python train.py --resume --out {run.out}") from error
+        raise UserError(f"cannot save step {run.step} ({error}); the checkpoint before it is whole: make room, then "
+                        f"python train.py --resume --out {run.out}") from error
 
 
 def log_size(path: Path) -> int:
@@ -645,27 +654,26 @@ def restore(run: Run):
 
 
 # --------------------------------------------------------------------------------------------------- the beginning
-def prepare_out(cfg: Config, given: set[str]) -> Config:
-    """A fresh folder, an older run in it moved aside; or, with --resume, that run's own configuration.
+def resumed(cfg: Config, given: set[str]) -> Config:
+    """The configuration of the run in --out. UserError if a flag that shapes the run was given another value."""
+    latest_state(Path(cfg.out))
+    old = json.loads((Path(cfg.out) / "run.json").read_text())["config"]
+    for name in sorted(given - RESUMABLE):
+        if getattr(cfg, name) != old[name]:
+            raise UserError(f"--resume: the run in {cfg.out} was started with --{name.replace('_', '-')} {old[name]}, "
+                            f"not {getattr(cfg, name)}; only --steps, --max-hours and the like may change")
+    return Config(**{**old, **{name: getattr(cfg, name) for name in given}})
 
-    Raises UserError if a flag that shapes the run differs from the one it was started with.
-    """
-    out = Path(cfg.out)
-    if cfg.resume:
-        latest_state(out)
-        old = json.loads((out / "run.json").read_text())["config"]
-        for name in sorted(given - RESUMABLE):
-            if getattr(cfg, name) != old[name]:
-                raise UserError(f"--resume: the run in {out} was started with --{name.replace('_', '-')} {old[name]}, "
-                                f"not {getattr(cfg, name)}; only --steps, --max-hours and the like may change")
-        return Config(**{**old, **{name: getattr(cfg, name) for name in given | {"resume"}}})
+
+def make_room(out: Path):
+    """Move an older run in `out` aside: nothing is ever overwritten."""
     if out.exists() and any(out.iterdir()):
         if not (out / "run.json").exists():
             raise UserError(f"--out {out} is not empty and holds no run of train.py: name another folder")
         free = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
         out.rename(f"{out}.{free}")
         print(f"{out} held another run: it was moved to {out}.{free}")
-    return cfg
+    (out / "best").mkdir(parents=True)
 
 
 def read_tasks(cfg: Config) -> tuple[list[Task], list[Task]]:
@@ -700,41 +708,41 @@ def grpo_config(cfg: Config) -> GRPOConfig:
 def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     """Load everything and make the Run, fresh or resumed."""
     rank, size = world()
-    if rank == 0:
-        cfg = prepare_out(cfg, given)
-    if size > 1:
-        shared = [cfg]
-        dist.broadcast_object_list(shared)
-        cfg = shared[0]
+    if cfg.resume:
+        cfg = resumed(cfg, given)
     if cfg.loss not in ("dapo", "grpo", "dr_grpo") or cfg.schedule not in (None, "constant", "cosine"):
-        raise UserError(f"--loss is dapo, grpo or dr_grpo; --schedule is constant or cosine")
+        raise UserError("--loss is dapo, grpo or dr_grpo; --schedule is constant or cosine")
     if cfg.deterministic:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True, warn_only=True)
+    if cfg.data:
+        read_jsonl(Path(cfg.data))                            # bad data is said before the model takes its minutes
     policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed)
     cfg = fill_from_preset(cfg, policy.preset)
     if cfg.groups % size:
         raise UserError(f"--groups {cfg.groups} cannot be shared by {size} processes")
-    tasks, heldout = read_tasks(cfg)
-    tools = BUILTIN_TOOLS + load_tools(cfg.tools)
-    run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor,
-              Judge(cfg.judge, cfg.judge_model, policy=policy), tools, tasks, heldout,
-              SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses), Path(cfg.out),
-              rank=rank, size=size)
+    run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor, Judge(cfg.judge, cfg.judge_model, policy=policy),
+              BUILTIN_TOOLS + load_tools(cfg.tools), *read_tasks(cfg),
+              SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses), Path(cfg.out), rank, size)
+    run.places = cfg.groups // size
     if cfg.resume:
         restore(run)
-        return run
-    run.pending = dict.fromkeys(NUMBERS) | {"step": 0, "online_trajectories": 0}
-    if run.main and not cfg.probe:
-        (run.out / "best").mkdir(parents=True)
-        for folder in (run.out, run.out / "best"):
-            save_adapter(policy, folder)
-            write_synced(folder / "run.json", json.dumps(
-                {"config": asdict(cfg), "model": policy.name, "prompt": policy.preset.prompt,
-                 "tools": cfg.tools, "quantize": cfg.quantize, "sampling": asdict(run.sampling(0.0))}, indent=1))
-    if not cfg.probe:
-        save(run)
+    elif not cfg.probe:
+        begin(run)
     return run
+
+
+def begin(run: Run):
+    """The folder of a fresh run, with all that evaluation and --resume need; step 0 is its first checkpoint."""
+    if run.main:
+        make_room(run.out)
+        for folder in (run.out, run.out / "best"):
+            save_adapter(run.policy, folder)
+            write_synced(folder / "run.json", json.dumps(
+                {"config": asdict(run.cfg), "model": run.policy.name, "prompt": run.policy.preset.prompt,
+                 "tools": run.cfg.tools, "quantize": run.cfg.quantize, "sampling": asdict(run.sampling(0.0))}, indent=1))
+    run.pending = dict.fromkeys(NUMBERS) | {"step": 0, "online_trajectories": 0}
+    save(run)
 
 
 def probe(run: Run):

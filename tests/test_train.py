@@ -1,0 +1,295 @@
+"""train.py: whole short runs of the real thing (built-in model, sandbox, judge, queue), resume, bad input."""
+import ast
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from tasks import builtin_tasks
+from train import Config, learning_rate, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--groups", "3", "--group-size", "4", "--eval-tasks", "1", "--eval-every", "2", "--deterministic",
+         "--temperature", "1.3"]                            # hotter: more failures, so more groups carry signal
+TIMING = re.compile(r"seconds|tokens_per_second")
+
+
+def run(*arguments) -> int:
+    return train.main([*map(str, arguments)])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not TIMING.search(k)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Three steps without interruption."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert run("--out", out, "--steps", 3, *SMALL) == 0
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- a whole run
+def test_one_line_a_step_with_the_promised_keys(finished):
+    rows = lines(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    promised = {"step", "reward", "accuracy", "exec_rate", "turns", "entropy", "kl", "clip_fraction", "off_policy",
+                "signal_share", "queue_size", "online_trajectories", "seconds"}
+    for row in rows:
+        assert promised <= row.keys()
+    for row in rows[1:]:
+        assert all(isinstance(row[key], (int, float)) for key in ("reward", "accuracy", "exec_rate", "turns"))
+    for row in (rows[0], rows[2], rows[3]):
+        assert {"heldout_greedy", "heldout_sampled", "heldout_hard"} <= row.keys()
+    assert rows[0]["heldout_pass8"] is not None and rows[-1]["heldout_pass8"] is not None
+    assert rows[-1]["heldout_families"].keys() == rows[0]["heldout_families"].keys()
+
+
+def test_trajectories_are_readable_and_complete(finished):
+    rows, metrics = lines(finished / "trajectories.jsonl"), lines(finished / "metrics.jsonl")
+    assert len(rows) == metrics[-1]["online_trajectories"]
+    one = rows[0]
+    assert {"step", "task", "question", "expected", "reward", "steps", "answer", "stop_reason"} <= one.keys()
+    assert {"total", "answer", "execution"} <= one["reward"].keys()
+    assert "Thought" in one["steps"][0]["text"] and "ids" not in one
+
+
+def test_a_stranger_loads_the_adapter(finished):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+    for folder in (finished, finished / "best"):
+        model = AutoPeftModelForCausalLM.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        ids = tokenizer("What is 3 * 4?", return_tensors="pt").input_ids
+        assert model(input_ids=ids).logits.shape[:2] == ids.shape
+    newest = load_file(train.latest_state(finished) / "adapter_model.safetensors")
+    published = load_file(finished / "adapter_model.safetensors")
+    assert all(torch.equal(newest[name], published[name]) for name in newest)
+
+
+def test_the_adapter_moved_and_the_base_did_not(finished):
+    weights = load_file(finished / "adapter_model.safetensors")
+    assert any(name.endswith("lora_B.weight") and tensor.abs().max() > 0 for name, tensor in weights.items())
+    assert all("lora_" in name for name in weights)
+
+
+def test_run_json_holds_what_evaluation_inherits(finished):
+    for folder in (finished, finished / "best"):
+        settings = json.loads((folder / "run.json").read_text())
+        assert settings["prompt"] == "short" and settings["sampling"]["max_turns"] == 4
+
+
+def test_no_pickle_anywhere(finished):
+    kinds = {path.suffix for path in finished.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+
+
+# ------------------------------------------------------------------------------------------------ resume (trap 10)
+def same_run(one: Path, two: Path):
+    assert untimed(lines(one / "metrics.jsonl")) == untimed(lines(two / "metrics.jsonl"))
+    assert untimed(lines(one / "trajectories.jsonl")) and len(lines(one / "trajectories.jsonl")) == len(
+        lines(two / "trajectories.jsonl"))
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "queue-0.safetensors"):
+        a, b = (load_file(train.latest_state(out) / name) for out in (one, two))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_resumed_equals_uninterrupted(finished, tmp_path):
+    out = tmp_path / "out"
+    assert run("--out", out, "--steps", 1, *SMALL) == 0
+    assert run("--out", out, "--resume", "--steps", 3) == 0           # more steps: allowed, nothing else need be given
+    same_run(finished, out)
+
+
+def test_a_kill_between_checkpoint_and_line_repeats_and_skips_nothing(finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def killed(run):
+        if run.step == 2:
+            raise KeyboardInterrupt
+        return real(run)
+    real = train.finish_step
+    monkeypatch.setattr(train, "finish_step", killed)
+    assert run("--out", out, "--steps", 3, *SMALL) == 130
+    (out / "metrics.jsonl").open("a").write('{"step": 2, "half a li')    # what a kill in the middle of a write leaves
+    monkeypatch.setattr(train, "finish_step", real)
+    assert run("--out", out, "--resume") == 0
+    same_run(finished, out)
+
+
+def start(out: Path, *arguments) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, ROOT / "train.py", "--out", out, *map(str, arguments)],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_ctrl_c_ends_at_once_with_a_way_on(tmp_path):
+    out = tmp_path / "out"
+    process = start(out, "--steps", 50, *SMALL)
+    while not list(out.glob("state/step-000001")):
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and f"--resume --out {out}" in errors and "Traceback" not in errors
+    assert train.latest_state(out)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    """SIGKILL at 20 random moments; the resumed run's adapter, queue and lines equal the uninterrupted one's."""
+    steps, rng = 6, random.Random(0)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    began = time.monotonic()
+    assert start(whole, "--steps", steps, *SMALL).wait() == 0
+    length = time.monotonic() - began
+    kills, arguments = 0, ["--steps", steps, *SMALL]
+    while kills < 20:
+        process = start(out, *arguments)
+        try:
+            process.wait(timeout=rng.uniform(0.3, 1.0) * length)
+            arguments = ["--resume"]                         # it got through: once more over the end, killed or not
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            arguments = ["--resume"] if list(out.glob("state/step-*")) else ["--steps", steps, *SMALL]
+    assert start(out, "--resume").wait() == 0
+    same_run(whole, out)
+    print(f"{kills} kills, a run takes {length:.0f} s")
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+def fails(capsys, *arguments) -> str:
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def test_unknown_flags_and_values(capsys, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    assert "--step" in fails(capsys, *out, "--step", 3)               # no abbreviations either
+    assert "--seed" in fails(capsys, *out, "--seed", "x")
+    assert "loss" in fails(capsys, *out, "--loss", "ppo")
+    assert "no-such" in fails(capsys, *out, "--model", "no-such")
+    assert "no-such.jsonl" in fails(capsys, *out, "--data", tmp_path / "no-such.jsonl")
+    assert "no checkpoint" in fails(capsys, *out, "--resume")
+    assert not (tmp_path / "out").exists()
+
+
+def test_malformed_data_names_file_and_line(capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+    good = '{"id": "a", "question": "q", "answer": "1"}\n'
+    for bad, word in (("{not json\n", "data.jsonl:2"), (good, "data.jsonl:2"),
+                      ('{"id": "b", "question": "q", "answer": "1", "files": ["gone.csv"]}\n', "gone.csv")):
+        data.write_text(good + bad)
+        assert word in fails(capsys, "--out", tmp_path / "out", "--data", data)
+
+
+def test_resume_refuses_other_settings(capsys, finished):
+    assert "--seed" in fails(capsys, "--out", finished, "--resume", "--seed", 7)
+    assert "--group-size" in fails(capsys, "--out", finished, "--resume", "--group-size", 8)
+
+
+def test_nothing_is_overwritten(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(train, "train", lambda run: None)             # only the beginning of a run matters here
+    for _ in range(3):
+        assert run("--out", out, *SMALL) == 0
+    assert (tmp_path / "out.1" / "run.json").exists() and (tmp_path / "out.2" / "run.json").exists()
+    assert "moved to" in capsys.readouterr().out
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    assert "holds no run" in fails(capsys, "--out", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--out", out, "--steps", 1, *SMALL) == 0
+    before = train.latest_state(out)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))    # no file may grow beyond 100 kB: writes fail
+    try:
+        code = run("--out", out, "--resume", "--steps", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 2 and "--resume" in capsys.readouterr().err
+    assert train.latest_state(out) == before and not (out / "state" / "partial").exists()
+    assert run("--out", out, "--resume", "--steps", 2) == 0
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------- other ways to run
+def test_nf4_on_the_cpu_trains_a_whole_step(tmp_path):
+    out = tmp_path / "out"
+    assert run("--out", out, "--steps", 1, "--quantize", "nf4", *SMALL) == 0
+    assert lines(out / "metrics.jsonl")[-1]["step"] == 1
+
+
+def test_own_data_with_files(tmp_path):
+    tasks = builtin_tasks("train", 6, 0, ("column",))
+    with (tmp_path / "data.jsonl").open("w") as data:
+        for task in tasks:
+            (tmp_path / task.id).mkdir()
+            (tmp_path / task.id / "shop.csv").write_bytes(task.files["shop.csv"])
+            data.write(json.dumps({"id": task.id, "question": task.question, "answer": task.answer,
+                                   "files": [f"{task.id}/shop.csv"], "level": 1}) + "\n")
+    out = tmp_path / "out"
+    assert run("--out", out, "--steps", 1, "--data", tmp_path / "data.jsonl", *SMALL) == 0
+    rows = lines(out / "trajectories.jsonl")
+    assert {row["task"] for row in rows} <= {task.id for task in tasks}
+    assert any(row["answer"] == row["expected"] for row in rows) or rows
+
+
+def test_probe_prints_and_leaves_nothing(tmp_path, capsys):
+    assert run("--probe", 4, "--out", tmp_path / "out", "--deterministic") == 0
+    text = capsys.readouterr().out
+    assert "groups with signal" in text and "in all" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
+    out = tmp_path / "out"
+    assert run("--out", out, "--steps", 500, "--max-hours", 8 / 3600, *SMALL) == 0
+    rows = lines(out / "metrics.jsonl")
+    assert rows[-1]["step"] < 500 and "heldout_pass8" in rows[-1]
+
+
+# --------------------------------------------------------------------------------------------------- small parts
+def test_every_flag_has_an_effect():
+    """Trap 11: each field of Config is read somewhere in train.py beyond its definition."""
+    tree = ast.parse((ROOT / "train.py").read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    assert {f.name for f in fields(Config)} <= read
+
+
+def test_given_flags_are_told_from_defaults():
+    cfg, given = parse_args(["--steps", "7", "--deterministic"])
+    assert given == {"steps", "deterministic"} and cfg.steps == 7 and cfg.model == "tiny"
+
+
+def test_learning_rate_by_hand():
+    cfg = Config(lr=1.0, warmup=4, schedule="cosine", decay_steps=14)
+    assert [learning_rate(cfg, s) for s in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert learning_rate(cfg, 9) == pytest.approx(0.1 + 0.9 * 0.5)    # half of the way from 4 to 14
+    assert learning_rate(cfg, 14) == learning_rate(cfg, 99) == pytest.approx(0.1)
+    cfg.schedule = "constant"
+    assert learning_rate(cfg, 99) == 1.0
