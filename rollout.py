@@ -1,22 +1,21 @@
-"""Rollouts: many multi-turn trajectories sampled at once, with the exact log-probability of every sampled token.
+"""Rollouts: many multi-turn trajectories sampled at once, with the exact log-probability of every token.
 
-Owns the prompt, the turn protocol, `Trajectory` and the engine that generates.  Training and evaluation both sample
-through `rollout`.  Reading order: Step, Trajectory, Sampling -> build_prompt -> Chat -> Episode (the protocol of one
-trajectory, knows nothing of tensors) -> KVCache, Batch, attend -> Engine (tensors, knows nothing of text) -> rollout.
+Owns the prompt, the turn protocol, `Trajectory` and the engine that generates. Training and evaluation both
+sample through `rollout`. Read in this order: Step, Trajectory, Sampling -> Chat, build_prompt -> Episode (the
+protocol of one trajectory; knows no tensors) -> KVCache, Batch, attend -> Engine (knows no text) -> rollout.
 
-How the engine works.  B slots hold one trajectory each, its keys and values in one preallocated cache.  A step forwards
-whatever each slot has not forwarded yet: one sampled token, or a chunk of prompt or observation.  These tokens are laid
-end to end in ONE flat row of N tokens, so the linear layers see no padding at all; only attention knows about slots.  It
-is an attention function of our own, registered with transformers under the name "rollout", and it works for every causal
-LM that asks its attention by name (Qwen, Llama, Mistral...), wrapped by PEFT and quantised or not.
-* A group's prompt is forwarded once; its siblings copy the keys and values and forward only the last prompt token.
-* Code and tools run in threads while the other slots decode; a finished slot is refilled at once.
-* Nothing outlives the call: the policy changes between calls, so a cached prefix would be stale.
+How the engine works. B slots hold one trajectory each; their keys and values lie in one preallocated cache,
+with a length per slot. A step forwards what each slot has not forwarded yet: the token it sampled, or a chunk of
+its prompt or of an observation. All these tokens lie end to end in ONE row of N tokens, so the linear layers see
+no padding; only attention knows about slots. It is a function of our own, registered with transformers, and
+serves every causal LM that looks its attention up by name, wrapped by PEFT or not, quantised or not.
+* A group's prompt is forwarded once; siblings copy its keys and values and forward only its last token.
+* Code and tools run in threads while other slots decode; a free slot is refilled at once.
+* Nothing is kept between calls: the policy changes there, and a cached prefix would be the old policy's.
 
-Departures from the paper: it does not say how it samples.  The protocol (a turn ends at the closing fence of its first
-```python block) and the observation's role (user) are ours.
+Departures from the paper, which does not say how it samples: the protocol is ours. A turn ends at the closing
+fence of its first ```python block; the observation comes back in the user's role.
 """
-
 import contextlib
 import hashlib
 import os
@@ -24,19 +23,19 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from policy import head_size
 from tools import ToolContext, UserError, prompt_text
 
 CODE = re.compile(r"```(?:python|py)[^\S\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-NO_CODE = "No complete ```python block was found. Write one, and call final_answer(...) in it when you know the answer."
+NO_CODE = "There is no complete ```python block. Write one; call final_answer(...) in it once you know the answer."
 SHORT = "Solve the task with Python code."
 FULL = """\
 You answer a question in several turns. In each turn write one thought and one Python block, then stop:
@@ -46,45 +45,41 @@ Thought: what you know, and what to find out next
 # code that finds it out
 ```
 
-The code is run. What it prints, the value of its last expression and its errors come back to you as the next message,
-which begins with "Observation:". Variables, imports and files stay from turn to turn. Print what you want to see; never
-guess what code would print. When you know the answer, call final_answer(answer) in the code: this ends the task. Give
-the answer alone, as short as the question allows: a number, a name, or a list separated by commas.
+The code is run. What it prints, the value of its last expression and its errors come back to you in the next
+message, which begins with "Observation:". Variables, imports and files stay from turn to turn. Print what you
+want to see, and never guess what code would print. When you know the answer, call final_answer(answer) in the
+code: this ends the task. Give the answer alone, as short as the question allows: a number, a name, or a list
+separated by commas.
 """
 
 
-# --------------------------------------------------------------------------------------------------- what comes out
-
-
+# --------------------------------------------------------------------------------------------- what comes out
 @dataclass
 class Step:
     """One turn: what the policy wrote and what came back."""
-
     text: str
-    code: str | None  # of the first complete ```python block
-    observation: str  # as the policy reads it: cut, and without the template
-    status: str  # of the executor: "ok", "error", "timeout"...; "" without code
-    seconds: float  # that the code and its tools took
+    code: str | None            # of the first complete ```python block
+    observation: str            # as the policy reads it: cut, without the template
+    status: str                 # of the executor: "ok", "error", "timeout"...; "" without code
+    seconds: float              # that the code ran, tools included
 
 
 @dataclass
 class Trajectory:
-    """`ids`, `mask` and `logps` have the same length; what was not sampled has mask 0 and logp 0.0."""
-
+    """`ids`, `mask` and `logps` have one length; logp is 0.0 where mask is 0: prompt, observation, template."""
     task_id: str
-    sample: int  # index in its group
-    seed: int  # of the rollout; with task_id and sample it fixes the random stream
-    ids: list[int]
-    mask: list[int]  # 1 = sampled by the policy, the token that ends a turn included
-    logps: list[float]  # fp32 log pi(token) at the sampling temperature (at 1 if greedy): the behaviour policy
+    sample: int                 # index in its group
+    seed: int                   # of the rollout; with task_id and sample it fixes the random stream
+    ids: list[int]              # ends with the last sampled token
+    mask: list[int]             # 1 = sampled by the policy, the token that ends a turn included
+    logps: list[float]          # log pi(token) of the behaviour policy at the sampling temperature; greedy: at 1
     prompt_length: int
     steps: list[Step]
     answer: str | None
-    # "answer", "turn_limit", "context_limit" (no room for the next token), "length" (a turn cut by its own limit) or
-    # "error" (the host or a tool failed; `error` says how).  It ends with the last sampled token.
-    stop_reason: str
-    seconds: float  # from its first forward to its end
-    error: str = ""
+    stop_reason: str            # "answer" | "turn_limit" | "context_limit" (no room for the next token) |
+    #                             "length" (a turn cut at turn_tokens) | "error" (a tool or the host failed)
+    seconds: float              # from its admission to its end
+    error: str = ""             # what failed
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -96,39 +91,35 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Sampling:
-    temperature: float = 1.0  # 0 = greedy; there is no top-k or top-p: the loss scores the full softmax
+    temperature: float = 1.0    # 0 = greedy. No top-k, no top-p: the loss scores the full softmax
     max_turns: int = 6
-    turn_tokens: int = 1024  # sampled tokens a turn
+    turn_tokens: int = 1024     # sampled tokens a turn
     context_tokens: int = 8192  # prompt + everything sampled and observed
-    observation_tokens: int = 2000  # an observation is cut in the middle to this
-    slots: int | None = None  # trajectories in flight; None: from free memory
-    deterministic: bool = False  # one thread, and results admitted a fixed number of steps after their turn
+    observation_tokens: int = 2000      # an observation is cut in the middle to this
+    slots: int | None = None    # trajectories in flight; None: as many as fit into memory
+    deterministic: bool = False         # one thread; results are admitted a fixed number of steps later
 
 
-# ---------------------------------------------------------------------------------------------- the turn protocol
-
-
+# ------------------------------------------------------------------------------------------ the turn protocol
 class Chat:
-    """The chat template, taken apart once into the pieces that go around what people, tools and the policy write.
+    """The chat template, taken apart once into the pieces around what people, tools and the policy write.
 
-    What was sampled is never tokenised again, and what a question or a tool contains can never become a special token
-    (an observation with "<|im_end|>" in it stays text).
+    What was sampled is never tokenised again, and no question or tool output can become a special token: an
+    observation that contains "<|im_end|>" stays text.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         marks = [f"\x02{i}\x03" for i in range(4)]
-        messages = [{"role": r, "content": c} for r, c in zip(("system", "user", "assistant", "user"), marks)]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            first = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
-            begin, middle, start, turn, end = re.split("|".join(marks), text)
-            start = first.split(marks[1])[1]  # Qwen3 and others: the last turn's opening, not an earlier one's
-        except ValueError as error:
-            raise UserError("the chat template does not keep system, user, assistant, user as they are") from error
-        pieces = (begin, middle, start, turn, end)
-        self.begin, self.middle, self.start, self.turn, self.end = [self.encode(p, special=True) for p in pieces]
-        self.turn_end = self.turn[0]  # <|im_end|>: ends a turn if the policy samples it, else it is forced
+        messages = [{"role": r, "content": m} for r, m in zip(("system", "user", "assistant", "user"), marks)]
+        full, first = (tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)
+                       for m in (messages, messages[:2]))
+        pieces = re.split("|".join(marks), full)
+        if len(pieces) != 5:
+            raise UserError("the chat template does not write system, user, assistant and user as they are")
+        self.begin, self.middle, _, self.turn, self.end = [self.encode(p, special=True) for p in pieces]
+        self.start = self.encode(first.split(marks[1])[1], special=True)    # of the first turn
+        self.turn_end = self.turn[0]                # <|im_end|>: forced where the turn ended at the fence
         self.stops = {self.turn_end, tokenizer.eos_token_id} - {None}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -137,53 +128,68 @@ class Chat:
     def prompt(self, system: str, user: str) -> list[int]:
         return self.begin + self.encode(system) + self.middle + self.encode(user) + self.start
 
-    def watched(self, vocabulary: int) -> np.ndarray:
-        """(V,) bool: the tokens that may end a turn, so that a turn's text is looked at only after one of these."""
-        watch = np.zeros(vocabulary, dtype=bool)
-        watch[[i for token, i in self.tokenizer.get_vocab().items() if "`" in token]] = True
-        watch[list(self.stops)] = True
-        return watch
-
-    def text(self, turn: list[int]) -> str:
-        return self.tokenizer.decode(turn[:-1] if turn[-1] == self.turn_end else turn)
-
     def observation(self, text: str, limit: int) -> list[int]:
-        """Tokens of `text`, of which the middle is left out if there are more than `limit`."""
+        """Tokens of `text`; of more than `limit` the middle is left out, and how much is said there."""
         ids = self.encode(text)
         if len(ids) <= limit:
             return ids
         note = self.encode(f"\n[... {len(ids) - limit} tokens left out ...]\n")[:limit]
         keep = limit - len(note)
-        return ids[: keep - keep // 2] + note + ids[len(ids) - keep // 2 :]
+        return ids[:keep - keep // 2] + note + ids[len(ids) - keep // 2:]
+
+    def between(self, observation: list[int], last: int) -> list[int]:
+        """The forced tokens from the end of a turn, whose last token was `last`, to the next turn's first."""
+        turn = self.turn[1:] if last == self.turn_end else self.turn
+        return turn + self.encode("Observation:\n") + observation + self.end
+
+    def text(self, turn: list[int]) -> str:
+        return self.tokenizer.decode(turn[:-1] if turn[-1] == self.turn_end else turn)
+
+    def watched(self, vocabulary: int) -> np.ndarray:
+        """(V,) bool: the tokens that may end a turn; only after one of these its text is looked at."""
+        watch = np.zeros(vocabulary, dtype=bool)
+        watch[[i for token, i in self.tokenizer.get_vocab().items() if "`" in token]] = True
+        watch[list(self.stops)] = True
+        return watch
 
 
 def build_prompt(tokenizer, task, tools: list, style: str) -> list[int]:
-    """Token ids up to where the policy begins to write.  style: "short" (the tiny model's) or "full"."""
+    """Token ids up to where the policy begins to write. style: "short" (for the tiny model) or "full"."""
     files = ", ".join(task.files)
     if style == "short":
         return Chat(tokenizer).prompt(SHORT, task.question + (f"\nFiles: {files}" if files else ""))
     if style != "full":
-        raise UserError(f"unknown prompt style {style!r}: short or full")
-    documented = f"\nThese functions can be called from the code:\n{prompt_text(tools)}\n" if tools else ""
+        raise UserError(f"the prompt style is short or full, not {style!r}")
+    documented = f"\nThe code may call these functions:\n{prompt_text(tools)}\n" if tools else ""
     attached = f"\n\nAttached files, in the working directory: {files}" if files else ""
     return Chat(tokenizer).prompt(FULL + documented, task.question + attached)
 
 
+@dataclass(eq=False)
 class Episode:
-    """The protocol of one trajectory.  The engine asks: has the turn ended?  what came back?  It knows no tensors."""
+    """A trajectory in the making: its protocol. The engine asks it if a turn has ended and what came back."""
+    task: object
+    sample: int
+    seed: int
+    group: int                  # episodes of one group share their prompt
+    prompt: list[int]
+    chat: Chat
+    executor: object
+    tools: list
+    sampling: Sampling
+    session: object = None      # opened with the first code
+    steps: list[Step] = field(default_factory=list)
+    last: int = -1              # the token that ended the newest turn
+    answer: str | None = None
+    stop_reason: str = ""
+    error: str = ""
 
-    def __init__(self, task, sample: int, seed: int, group: int, prompt: list[int], chat, executor, tools, sampling):
-        self.task, self.sample, self.seed, self.group, self.prompt = task, sample, seed, group, prompt
-        self.chat, self.executor, self.tools, self.sampling = chat, executor, tools, sampling
-        self.turn_tokens = sampling.turn_tokens
-        self.context = ToolContext(question=task.question)
-        self.session = self.answer = None
-        self.steps: list[Step] = []
-        self.stop_reason = self.error = ""
-        self.last = -1  # the token that ended the newest turn
+    @property
+    def turn_tokens(self) -> int:
+        return self.sampling.turn_tokens
 
     def uniforms(self, n: int) -> np.ndarray:
-        """(n,) in [0, 1), one for each token position: the stream belongs to the trajectory, whatever the batch."""
+        """(n,) in [0, 1), one a position: the random stream is the trajectory's, whatever the batch."""
         key = hashlib.sha256(f"{self.seed}/{self.task.id}/{self.sample}".encode()).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(n)
 
@@ -191,121 +197,100 @@ class Episode:
         return turn[-1] in self.chat.stops or CODE.search(self.chat.text(turn)) is not None
 
     def close_turn(self, turn: list[int], cut: str) -> None:
-        """Note what was written.  cut: "" for a turn that ended by itself, else the limit that cut it."""
+        """Note what was written. cut: the limit that cut the turn off, "" if it ended by itself."""
         text = self.chat.text(turn)
         code = CODE.search(text)
         self.steps.append(Step(text, code and code[1], "", "", 0.0))
-        self.stop_reason, self.last = cut, turn[-1]
+        self.last, self.stop_reason = turn[-1], cut
 
     def act(self):
-        """Run the turn's code; in a thread of its own.  Returns the executor's result, None if there is no code."""
-        step, began = self.steps[-1], time.monotonic()
-        if step.code is None or self.stop_reason:
+        """Run the turn's code, in a worker thread; the executor's result, or None if there is no code."""
+        if self.steps[-1].code is None or self.stop_reason:
             return None
-        self.context.seconds_left = lambda: self.executor.limits.seconds - (time.monotonic() - began)
         if self.session is None:
-            bound = {tool.name: tool.bind(self.context) for tool in self.tools}
+            context = ToolContext(question=self.task.question)
+            bound = {tool.name: tool.bind(context) for tool in self.tools}
             self.session = self.executor.session(tools=bound, files=self.task.files)
-            self.context.workdir = self.session.workdir
-        result = self.session.run(step.code)
-        step.seconds = time.monotonic() - began
-        return result
+            context.workdir, context.seconds_left = self.session.workdir, self.session.seconds_left
+        return self.session.run(self.steps[-1].code)
 
     def observe(self, result, room: int) -> list[int]:
-        """The forced tokens that begin the next turn, or [] with `stop_reason` set.  room: tokens left in the context."""
-        step, chat = self.steps[-1], self.chat
+        """The forced tokens before the next turn, fewer than `room`; or [], and `stop_reason` says why."""
+        step = self.steps[-1]
         if self.stop_reason:
             return []
         if result is not None:
-            step.status = result.status
+            step.status, step.seconds = result.status, result.seconds
             self.answer = result.answer if result.answered else None
-        ids = chat.observation(NO_CODE if result is None else result.observation(), self.sampling.observation_tokens)
-        step.observation = chat.tokenizer.decode(ids)
-        if self.answer is not None:
-            self.stop_reason = "answer"
-        elif len(self.steps) >= self.sampling.max_turns:
-            self.stop_reason = "turn_limit"
-        turn = chat.turn[1:] if self.last == chat.turn_end else chat.turn
-        forced = turn + chat.encode("Observation:\n") + ids + chat.end
-        if not self.stop_reason and len(forced) >= room:
-            self.stop_reason = "context_limit"
+        text = NO_CODE if result is None else result.observation()
+        ids = self.chat.observation(text, self.sampling.observation_tokens)
+        step.observation = self.chat.tokenizer.decode(ids)
+        forced = self.chat.between(ids, self.last)
+        self.stop_reason = ("answer" if self.answer is not None else
+                            "turn_limit" if len(self.steps) >= self.sampling.max_turns else
+                            "context_limit" if len(forced) >= room else "")
         return [] if self.stop_reason else forced
-
-    def fail(self, error: BaseException) -> None:
-        """A tool or the host failed: this trajectory ends, the batch goes on."""
-        self.stop_reason, self.error = "error", f"{type(error).__name__}: {error}"
 
     def close(self) -> None:
         if self.session is not None:
             self.session.close()
 
     def trajectory(self, ids: list[int], mask: list[int], logps: list[float], seconds: float) -> Trajectory:
-        return Trajectory(
-            self.task.id, self.sample, self.seed, ids, mask, logps, len(self.prompt), self.steps, self.answer,
-            self.stop_reason, seconds, self.error,
-        )  # fmt: skip
+        return Trajectory(self.task.id, self.sample, self.seed, ids, mask, logps, len(self.prompt),
+                          self.steps, self.answer, self.stop_reason, seconds, self.error)
 
 
-# ------------------------------------------------------------------------------------- attention with slots
-
-
+# --------------------------------------------------------------------------------------- attention with slots
 class KVCache:
-    """Keys and values of B slots of S positions each, (B, Hkv, S, D) a layer; the engine knows the lengths."""
+    """Keys and values of B slots with room for S positions each: (B, Hkv, S, D) a layer."""
 
     def __init__(self, model, slots: int, context: int):
         weight, config = model.get_input_embeddings().weight, model.config
         shape = (slots, config.num_key_value_heads, context, head_size(config))
-        # zeros: what is not written yet is masked, but 0 * NaN would still be NaN
-        self.layers = [
-            tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-            for _ in range(config.num_hidden_layers)
-        ]
+        # zeros, not empty: what lies beyond a slot's length is masked, but 0 * NaN would still be NaN
+        self.layers = [tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+                       for _ in range(config.num_hidden_layers)]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        for pair in self.layers:
-            for tensor in pair:
-                tensor[target, :, :length] = tensor[source, :, :length]
+        for tensor in (tensor for layer in self.layers for tensor in layer):
+            tensor[target, :, :length] = tensor[source, :, :length]
 
 
 @dataclass
 class Batch:
-    """One step: N tokens laid end to end, and how they attend.  First the single tokens, then the chunks."""
-
+    """The N tokens of one step, end to end, and how they attend. Slots with a single token come first."""
     cache: KVCache
-    ids: torch.Tensor  # (N,)
-    positions: torch.Tensor  # (N,)
-    slots: torch.Tensor  # (N,)
-    singles: int  # the first n tokens are the only ones of their slots in this step
-    token_of_slot: torch.Tensor  # (B,) flat index of a slot's single token; 0 where it has none
-    blocks: list[tuple[int, int, int, torch.Tensor | None]]  # slots lo..hi attend their first `span` positions
-    chunks: list[tuple[int, int, int, int, torch.Tensor]]  # tokens a..b of a slot attend its first `end` positions
+    ids: torch.Tensor           # (N,)
+    positions: torch.Tensor     # (N,) in its trajectory
+    slots: torch.Tensor         # (N,)
+    singles: int                # tokens that are their slot's only one in this step
+    token_of: torch.Tensor      # (B,) index of the slot's single token, 0 for a slot without
+    blocks: list[tuple]         # (lo, hi, span, mask): single tokens of slots lo..hi attend `span` positions
+    chunks: list[tuple]         # (a, b, slot, span, mask): so do tokens a..b, a chunk of one slot
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, batch: Batch | None = None, **_):
-    """transformers' attention interface for a flat batch: (1, H, N, D), (1, Hkv, N, D) twice -> (1, N, H, D).
+def attend(module, query, key, value, attention_mask, scaling=None, batch=None, **_):
+    """transformers' attention interface: (1, H, N, D), (1, Hkv, N, D) twice -> (1, N, H, D).
 
-    Query heads that share a key head are rows of one small query matrix, so keys and values are never repeated.
+    The G query heads that share a key head are rows of one query matrix: keys are never repeated.
     """
-    keys, values = batch.cache.layers[module.layer_idx]  # (B, Hkv, S, D)
-    keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)  # (N, Hkv, D)
+    keys, values = batch.cache.layers[module.layer_idx]                                 # (B, Hkv, S, D)
+    keys[batch.slots, :, batch.positions] = key[0].transpose(0, 1)                      # (N, Hkv, D)
     values[batch.slots, :, batch.positions] = value[0].transpose(0, 1)
     _, heads, n, size = query.shape
-    query = query[0].unflatten(0, (keys.shape[1], -1))  # (Hkv, G, N, D)
-    out = query.new_empty(n, heads, size)  # (N, H, D)
-    if batch.singles:
-        single = query[:, :, batch.token_of_slot].permute(2, 0, 1, 3)  # (B, Hkv, G, D)
-        mixed = torch.empty_like(single)
-        for lo, hi, span, mask in batch.blocks:
-            mixed[lo:hi] = F.scaled_dot_product_attention(
-                single[lo:hi], keys[lo:hi, :, :span], values[lo:hi, :, :span], attn_mask=mask, scale=scaling
-            )
-        out[: batch.singles] = mixed[batch.slots[: batch.singles]].flatten(1, 2)  # (n, H, D)
-    for a, b, slot, end, mask in batch.chunks:
-        part = query[:, :, a:b].flatten(1, 2)[None]  # (1, Hkv, G * T, D)
-        mixed = F.scaled_dot_product_attention(
-            part, keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end], attn_mask=mask, scale=scaling
-        )
-        out[a:b] = mixed.view(heads, b - a, size).transpose(0, 1)  # (T, H, D)
+    query = query[0].unflatten(0, (keys.shape[1], -1))                                  # (Hkv, G, N, D)
+    out = query.new_empty(n, heads, size)                                               # (N, H, D)
+    single = query[:, :, batch.token_of].permute(2, 0, 1, 3)                            # (B, Hkv, G, D)
+    mixed = torch.zeros_like(single)
+    for lo, hi, span, mask in batch.blocks:
+        mixed[lo:hi] = scaled_dot_product_attention(
+            single[lo:hi], keys[lo:hi, :, :span], values[lo:hi, :, :span], attn_mask=mask, scale=scaling)
+    out[:batch.singles] = mixed[batch.slots[:batch.singles]].flatten(1, 2)              # (n, H, D)
+    for a, b, slot, span, mask in batch.chunks:
+        rows = query[:, :, a:b].flatten(1, 2)[None]                                     # (1, Hkv, G * T, D)
+        rows = scaled_dot_product_attention(
+            rows, keys[None, slot, :, :span], values[None, slot, :, :span], attn_mask=mask, scale=scaling)
+        out[a:b] = rows.view(heads, b - a, size).transpose(0, 1)                        # (T, H, D)
     return out[None], None
 
 
@@ -314,14 +299,16 @@ AttentionInterface.register("rollout", attend)
 
 @contextlib.contextmanager
 def sampling_mode(model, deterministic: bool) -> Iterator[None]:
-    """Eval mode, our attention, no gradients, one thread if deterministic; everything as before afterwards."""
+    """Eval mode, `attend`, no gradients, one thread if deterministic; afterwards all as it was before."""
     config, training, threads = model.config, model.training, torch.get_num_threads()
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise UserError("models with sliding-window or linear attention cannot be sampled")
     attention = config._attn_implementation
     model.eval()
     config._attn_implementation = "rollout"
     torch.set_num_threads(1 if deterministic else threads)
     try:
-        with torch.no_grad():  # not inference_mode: what a library caches here must serve a backward pass
+        with torch.no_grad():   # not inference_mode: what is cached here must serve a backward pass later
             yield
     finally:
         config._attn_implementation = attention
@@ -329,302 +316,247 @@ def sampling_mode(model, deterministic: bool) -> Iterator[None]:
         model.train(training)
 
 
-# ---------------------------------------------------------------------------------------------------- the engine
-
-
-@dataclass
-class Stats:
-    """What a run of the engine cost."""
-
-    steps: int = 0
-    forwarded: int = 0  # tokens through the model
-    sampled: int = 0
-    seconds: float = 0.0
-    idle: float = 0.0  # seconds in which no slot could decode: all were waiting for code or tools
-
-
-def sample(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, V), (n,) -> token ids (n,) and their log pi (n,) in fp32: inverse CDF of softmax(logits / temperature)."""
-    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (n, V)
+# ------------------------------------------------------------------------------------------------- the engine
+def sample(logits, temperature: float, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, V), (n,) -> token ids (n,), their fp32 log pi (n,): inverse CDF of softmax(logits / temperature)."""
+    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)            # (n, V)
     if temperature == 0:
-        ids = logits.argmax(dim=-1, keepdim=True)  # (n, 1)
+        ids = logits.argmax(dim=-1, keepdim=True)                                       # (n, 1)
     else:
-        cdf = logps.exp().cumsum(dim=-1, dtype=torch.float64)  # fp32 would lose tokens below 1e-7
+        cdf = logps.exp().cumsum(dim=-1, dtype=torch.float64)     # fp32 could not draw what is below 6e-8
         ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
-        ids = ids.clamp_(max=logits.shape[-1] - 1)
+        ids = ids.clamp_(max=cdf.shape[-1] - 1)
     return ids[:, 0], logps.gather(-1, ids)[:, 0]
 
 
 class Engine:
-    """B slots that decode together.  All per-slot state is in arrays, so that a step costs no Python per slot."""
+    """B slots that decode together. All state is in arrays over slots: no loop over tokens in a step."""
+    CHUNK = 512                 # tokens of prompts and observations in a step, so that decoding slots go on
+    SPAN = 64                   # masked spans are multiples of this: aligned for the GPU's kernels
+    LAG = 4                     # deterministic mode: a result is admitted this many steps after its turn
 
-    CHUNK = 1024  # at most so many tokens of prompts and observations in a step, so that decoding slots go on
-    SPAN = 64  # spans are multiples of this
-    LAG = 4  # deterministic mode: a result is admitted so many steps after its turn
-
-    def __init__(self, model, slots: int, context: int, temperature: float, watch: np.ndarray, deterministic=False):
-        self.model, self.temperature, self.watch, self.deterministic = model, temperature, watch, deterministic
-        self.context, self.device = context, model.get_input_embeddings().weight.device
-        self.cache = KVCache(model, slots, -(-context // self.SPAN) * self.SPAN)
+    def __init__(self, model, slots: int, context: int, temperature: float, watch: np.ndarray,
+                 deterministic: bool = False):
+        self.model, self.context, self.temperature, self.watch = model, context, temperature, watch
+        self.deterministic, self.device = deterministic, model.get_input_embeddings().weight.device
+        self.cache = KVCache(model, slots, self.round_up(context))
         self.uniforms = torch.zeros(slots, context, dtype=torch.float64, device=self.device)
         self.tokens = np.zeros((slots, context), dtype=np.int64)
-        self.mask = np.zeros((slots, context), dtype=np.int8)
+        self.mask = np.zeros((slots, context), dtype=np.int64)
         self.logps = np.zeros((slots, context), dtype=np.float32)
-        self.total = np.zeros(slots, dtype=np.int64)  # tokens known
-        self.done = np.zeros(slots, dtype=np.int64)  # tokens forwarded, whose keys and values are in the cache
-        self.turn = np.zeros(slots, dtype=np.int64)  # where the turn began
-        self.limit = np.zeros(slots, dtype=np.int64)  # where it is cut
-        self.running = np.zeros(slots, dtype=bool)  # False: free, waiting for a result or for the group's prompt
-        self.group = np.full(slots, -1)  # whose prompt the slot's cache begins with, also after the slot was freed
-        self.began = np.zeros(slots)
-        self.episodes: list = [None] * slots
-        self.siblings: list[int] = []  # slots that wait for their group's prompt
-        self.flight: deque = deque()  # (step at which it is due, slot, future) in the order of submission
-        self.stats = Stats()
-        # One attention call costs about as much as reading this many positions of one slot.
-        bytes_a_call = 60e6 if self.device.type == "cuda" else 2e5
-        row = self.cache.layers[0][0][0, :, 0]
-        self.call_cost = bytes_a_call / (2 * row.numel() * row.element_size())
-
-    # -- the life of a slot: admit, collect, finish
+        # tokens known; tokens whose keys and values are in the cache; where the turn began; where it is cut
+        self.total, self.done, self.turn, self.limit = np.zeros((4, slots), dtype=np.int64)
+        self.running = np.zeros(slots, dtype=bool)      # False: free, or waits for a result
+        self.group = np.full(slots, -1)     # whose prompt the cache begins with, also when the slot is free again
+        self.episodes, self.began = [None] * slots, [0.0] * slots
+        self.flight: list[tuple] = []       # (step at which it is due, slot, future), oldest first
+        self.steps = self.forwarded = self.sampled = 0      # tokens forwarded, tokens sampled
+        self.idle = 0.0                                 # seconds in which no slot could decode
+        position = 2 * self.cache.layers[0][0][0, :, 0].nbytes  # of one layer
+        # an attention call costs about as much as reading so many positions (estimated for the GPU)
+        self.call_cost = (60e6 if self.device.type == "cuda" else 2e5) / position
 
     def run(self, episodes: list) -> Iterator[tuple]:
-        """Generate all; yields (episode, ids, mask, logps, seconds) for each as it ends, in no promised order."""
-        waiting, free, start = deque(episodes), deque(range(len(self.episodes))), time.perf_counter()
-        pool = ThreadPoolExecutor(max_workers=len(self.episodes), thread_name_prefix="rollout")
+        """Generate all; yields (episode, ids, mask, logps, seconds) of each as it ends, in any order."""
+        waiting, free = deque(episodes), deque(range(len(self.episodes)))
+        pool = ThreadPoolExecutor(len(self.episodes), thread_name_prefix="rollout")
         try:
             while waiting or len(free) < len(self.episodes):
-                while waiting and free:
-                    self.admit(waiting.popleft(), free.popleft())
+                while waiting and free and self.admit(waiting[0], free):
+                    waiting.popleft()
                 for slot in self.collect():
                     pool.submit(self.episodes[slot].close)
-                    yield self.finish(slot)
                     free.append(slot)
-                self.share_prompts()
+                    yield self.finish(slot)
                 if self.running.any():
-                    batch, sampling, last = self.plan()
-                    ids, logps = self.forward(batch, sampling, last)
-                    for slot in self.record(sampling, ids, logps):
-                        future = pool.submit(self.episodes[slot].act)
-                        self.flight.append((self.stats.steps + self.LAG, slot, future))
+                    batch, rows, last = self.plan()
+                    ids, logps = self.forward(batch, rows, last)
+                    self.flight += [(self.steps + self.LAG, slot, pool.submit(self.episodes[slot].act))
+                                    for slot in self.record(rows, ids, logps)]
             pool.shutdown()
-        finally:  # also on Ctrl-C: closing the sessions frees the threads that wait for them
-            for episode in filter(None, self.episodes):
-                episode.close()
+        finally:    # also on Ctrl-C: nothing is waited for; what still runs is closed when it returns
             pool.shutdown(wait=False, cancel_futures=True)
-            self.stats.seconds += time.perf_counter() - start
+            busy = {slot: future for _, slot, future in self.flight}
+            for slot, episode in enumerate(self.episodes):
+                if slot in busy:
+                    busy[slot].add_done_callback(lambda _, episode=episode: episode.close())
+                elif episode is not None:
+                    episode.close()
 
-    def admit(self, episode, slot: int) -> None:
-        n = len(episode.prompt)
-        self.episodes[slot], self.began[slot] = episode, time.perf_counter()
+    def admit(self, episode, free: deque) -> bool:
+        """Put it into a free slot; False while its group's prompt is being forwarded in another."""
+        n, kin = len(episode.prompt), self.group == episode.group
+        ready = np.flatnonzero(kin & (self.done >= n - 1))  # slots whose cache begins with this prompt
+        if kin.any() and not len(ready):
+            return False
+        slot = free.popleft()
+        if len(ready):
+            self.cache.copy_prefix(ready[0], slot, n - 1)   # the last is forwarded, for its logits
+        self.group[slot], self.done[slot] = episode.group, n - 1 if len(ready) else 0
+        self.episodes[slot], self.began[slot], self.running[slot] = episode, time.perf_counter(), True
         self.tokens[slot, :n], self.mask[slot], self.logps[slot] = episode.prompt, 0, 0.0
-        self.uniforms[slot] = torch.from_numpy(episode.uniforms(self.context)).to(self.device)
-        again = self.group[slot] == episode.group  # refilled from its own group: the prompt is there already
-        kin = (self.group == episode.group).any()
-        self.group[slot], self.total[slot], self.done[slot] = episode.group, n, (n - 1) * again
-        self.turn[slot], self.limit[slot] = n, min(n + episode.turn_tokens, self.context)
-        self.running[slot] = again or not kin
-        if not self.running[slot]:
-            self.siblings.append(slot)
+        self.uniforms[slot] = self.tensor(episode.uniforms(self.context))
+        self.begin_turn(slot, n)
+        return True
 
-    def share_prompts(self) -> None:
-        """Copy a group's prompt, once it is there, to waiting siblings; its last token they forward for themselves."""
-        for slot in list(self.siblings):
-            n = self.total[slot] - 1
-            ready = np.flatnonzero((self.group == self.group[slot]) & (self.done >= n))
-            if len(ready):
-                self.cache.copy_prefix(ready[0], slot, n)
-                self.done[slot], self.running[slot] = n, True
-                self.siblings.remove(slot)
+    def begin_turn(self, slot: int, at: int) -> None:
+        self.total[slot] = self.turn[slot] = at
+        self.limit[slot] = min(at + self.episodes[slot].turn_tokens, self.context)
 
     def collect(self) -> list[int]:
-        """Admit the results that are there: slots go on with the observation, or are returned because they ended."""
-        if not self.flight:
-            return []
+        """Append the observations that are there; returns the slots that ended. Waits if nothing can decode."""
         began, stuck, ended = time.perf_counter(), not self.running.any(), []
-        if stuck:
-            wait([f for _, _, f in self.flight], return_when=ALL_COMPLETED if self.deterministic else FIRST_COMPLETED)
-        ready = [
-            item for item in self.flight
-            if (stuck or item[0] <= self.stats.steps if self.deterministic else item[2].done())
-        ]  # fmt: skip
+        if self.deterministic:
+            ready = [item for item in self.flight if stuck or item[0] <= self.steps]
+            wait([future for _, _, future in ready])
+        else:
+            wait([future for _, _, future in self.flight] * stuck, return_when=FIRST_COMPLETED)
+            ready = [item for item in self.flight if item[2].done()]
+        self.idle += time.perf_counter() - began
         for item in ready:
             self.flight.remove(item)
             slot, future = item[1:]
             episode, at = self.episodes[slot], self.total[slot]
             try:
                 forced = episode.observe(future.result(), self.context - at)
-            except Exception as error:  # whatever a tool or the host does wrong, it ends this trajectory only
-                episode.fail(error)
-                forced = []
+            except Exception as error:      # whatever a tool or the host does wrong ends this trajectory only
+                episode.stop_reason, episode.error, forced = "error", f"{type(error).__name__}: {error}", []
             if forced:
-                self.tokens[slot, at : at + len(forced)] = forced  # mask 0, logp 0: set when the slot was admitted
-                self.turn[slot] = self.total[slot] = at = at + len(forced)
-                self.limit[slot] = min(at + episode.turn_tokens, self.context)
+                self.tokens[slot, at:at + len(forced)] = forced     # mask and logp are 0 since the admission
+                self.begin_turn(slot, at + len(forced))
                 self.running[slot] = True
             else:
                 ended.append(slot)
-        self.stats.idle += (time.perf_counter() - began) * stuck
         return ended
 
     def finish(self, slot: int) -> tuple:
-        n, episode = self.total[slot], self.episodes[slot]
-        self.episodes[slot] = None
-        rows = [a[slot, :n].tolist() for a in (self.tokens, self.mask, self.logps)]
-        return episode, *rows, time.perf_counter() - self.began[slot]
-
-    # -- one step: plan, forward, record
+        n, episode, self.episodes[slot] = self.total[slot], self.episodes[slot], None
+        columns = [array[slot, :n].tolist() for array in (self.tokens, self.mask, self.logps)]
+        return episode, *columns, time.perf_counter() - self.began[slot]
 
     def plan(self) -> tuple[Batch, np.ndarray, np.ndarray]:
-        """What this step forwards, the slots that sample after it, and the flat index of the token each samples from."""
+        """What this step forwards; the slots (n,) that sample after it and their last tokens' indices (n,)."""
         rows = np.flatnonzero(self.running)
-        need = self.total[rows] - self.done[rows]
-        singles = rows[need == 1]
-        slots, positions, spans, budget, n = [singles], [self.done[singles]], [], self.CHUNK, len(singles)
-        for slot in rows[need > 1].tolist():
-            start = int(self.done[slot])
-            size = min(int(self.total[slot]) - start, budget)
-            if size == 0:
-                break
-            spans.append((n, n + size, slot, start))
-            slots.append(np.full(size, slot))
-            positions.append(np.arange(start, start + size))
-            n, budget = n + size, budget - size
-        slots, positions = np.concatenate(slots), np.concatenate(positions)  # (N,)
-        where = np.zeros(len(self.episodes), dtype=np.int64)
-        where[singles] = np.arange(len(singles))
-        ids, pos, at, token_of_slot = (
-            torch.from_numpy(a).to(self.device) for a in (self.tokens[slots, positions], positions, slots, where)
-        )
-        batch = Batch(self.cache, ids, pos, at, len(singles), token_of_slot, self.blocks(singles), self.chunks(spans))
-        self.done[singles] += 1
-        for a, b, slot, _ in spans:
-            self.done[slot] += b - a
-        last = np.append(np.arange(len(singles)), [b - 1 for _, b, _, _ in spans]).astype(np.int64)
-        sampling = slots[last]
-        complete = self.done[sampling] == self.total[sampling]
-        return batch, sampling[complete], last[complete]
+        size = np.minimum(self.total[rows] - self.done[rows], self.CHUNK)
+        order = np.argsort(size, kind="stable")         # single tokens first, then the shortest chunks
+        rows, size = rows[order], size[order]
+        fits = np.cumsum(size) <= len(self.episodes) + self.CHUNK
+        rows, size = rows[fits], size[fits]
+        start, end = self.done[rows], np.cumsum(size)
+        slots = np.repeat(rows, size)                                                   # (N,)
+        positions = np.arange(len(slots)) + np.repeat(start - (end - size), size)       # (N,)
+        n = int((size == 1).sum())
+        token_of = np.zeros(len(self.episodes), dtype=np.int64)
+        token_of[rows[:n]] = np.arange(n)
+        self.done[rows] += size
+        chunks = list(zip((end - size)[n:].tolist(), end[n:].tolist(), rows[n:].tolist(), start[n:].tolist()))
+        batch = Batch(self.cache, *map(self.tensor, (self.tokens[slots, positions], positions, slots)), n,
+                      self.tensor(token_of), self.blocks(rows[:n]), [self.chunk(*c) for c in chunks])
+        complete = self.done[rows] == self.total[rows]
+        return batch, rows[complete], end[complete] - 1
 
-    def blocks(self, singles: np.ndarray) -> list[tuple]:
-        """Neighbouring slots attend together, in the span of the longest, where that is cheaper than one more call."""
-        found = []  # [lo, hi, span]
-        for slot, length in zip(singles.tolist(), self.total[singles].tolist()):
-            if found:
-                lo, hi, span = found[-1]
-                together = (slot + 1 - lo) * max(span, length) - (hi - lo) * span
-                if together <= length + self.call_cost:
-                    found[-1] = (lo, slot + 1, max(span, length))
-                    continue
-            found.append((slot, slot + 1, length))
-        if len(found) == len(singles):
+    def blocks(self, rows: np.ndarray) -> list[tuple]:
+        """Neighbouring slots attend in one call, in the longest's span, where a second call would cost more."""
+        found: list[list[int]] = []                                                     # [lo, hi, span]
+        for slot, length in zip(rows.tolist(), self.done[rows].tolist()):
+            lo, hi, span = found[-1] if found else (slot, slot, 0)
+            longest = max(span, length)
+            if found and (slot + 1 - lo) * longest - (hi - lo) * span <= length + self.call_cost:
+                found[-1] = [lo, slot + 1, longest]
+            else:
+                found.append([slot, slot + 1, length])
+        if len(found) == len(rows):
             return [(lo, hi, span, None) for lo, hi, span in found]
-        lengths = torch.from_numpy(np.maximum(self.total, 1)).to(self.device)  # (B,)
-        widest = self.round_up(max(span for _, _, span in found))
-        mask = self.additive(torch.arange(widest, device=self.device) < lengths[:, None])  # (B, S)
-        spans = [(lo, hi, self.round_up(span)) for lo, hi, span in found]
-        return [(lo, hi, span, mask[lo:hi, None, None, :span]) for lo, hi, span in spans]
+        spans = [self.round_up(span) for _, _, span in found]
+        lengths = self.tensor(np.maximum(self.done, 1))                                 # (B,)
+        mask = self.additive(torch.arange(max(spans), device=self.device) < lengths[:, None])   # (B, span)
+        return [(lo, hi, span, mask[lo:hi, None, None, :span]) for (lo, hi, _), span in zip(found, spans)]
 
-    def chunks(self, spans: list[tuple[int, int, int, int]]) -> list[tuple]:
-        """Causal masks for chunks that begin at position `start` of their slot: (1, 1, G * T, end)."""
-        config, found = self.model.config, []
-        shared = config.num_attention_heads // config.num_key_value_heads  # G query heads share a key head
-        for a, b, slot, start in spans:
-            end = self.round_up(start + b - a)
-            keys = torch.arange(end, device=self.device)
-            mask = self.additive(keys <= keys[start : start + b - a, None])  # (T, end)
-            found.append((a, b, slot, end, mask.repeat(shared, 1)[None, None]))
-        return found
+    def chunk(self, a: int, b: int, slot: int, start: int) -> tuple:
+        """A chunk of T = b - a tokens attends causally: its mask, (1, 1, G * T, span)."""
+        positions = torch.arange(self.round_up(start + b - a), device=self.device)
+        mask = self.additive(positions <= positions[start:start + b - a, None])         # (T, span)
+        shared = self.model.config.num_attention_heads // self.model.config.num_key_value_heads
+        return a, b, slot, len(positions), mask.repeat(shared, 1)[None, None]
 
     def round_up(self, n: int) -> int:
         return -(-n // self.SPAN) * self.SPAN
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def additive(self, allowed: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(allowed.shape, dtype=self.cache.layers[0][0].dtype, device=self.device)
         return zeros.masked_fill_(~allowed, float("-inf"))
 
-    def forward(self, batch: Batch, sampling: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One pass through the model; samples the next token of the slots in `sampling`: ids (n,), logps (n,)."""
-        self.stats.steps += 1
-        self.stats.forwarded += len(batch.ids)
-        keep, rows, at = (torch.from_numpy(a).to(self.device) for a in (last, sampling, self.total[sampling]))
-        logits = self.model(
-            input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=keep,
-            batch=batch,
-        ).logits[0]  # fmt: skip  (n, V)
-        ids, logps = sample(logits, self.temperature, self.uniforms[rows, at])
-        both = torch.stack([ids.double(), logps.double()]).cpu().numpy()  # one transfer: the step's only wait
+    def forward(self, batch: Batch, rows: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One pass through the model; samples the next token of the slots `rows`: ids (n,), logps (n,)."""
+        logits = self.model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
+                            logits_to_keep=self.tensor(last), batch=batch).logits[0]    # (n, V)
+        uniforms = self.uniforms[self.tensor(rows), self.tensor(self.total[rows])]
+        ids, logps = sample(logits, self.temperature, uniforms)
+        self.steps += 1
+        self.forwarded += len(batch.ids)
+        self.sampled += len(rows)
+        both = torch.stack([ids.double(), logps.double()]).cpu().numpy()    # the step's only wait
         return both[0].astype(np.int64), both[1]
 
     def record(self, rows: np.ndarray, ids: np.ndarray, logps: np.ndarray) -> list[int]:
-        """Append the sampled tokens; returns the slots whose turn is over."""
+        """Append the sampled tokens, and here the mask is made; returns the slots whose turn is over."""
         at = self.total[rows]
         self.tokens[rows, at], self.mask[rows, at], self.logps[rows, at] = ids, 1, logps
         self.total[rows] += 1
-        self.stats.sampled += len(rows)
         over = []
         for slot in rows[self.watch[ids] | (self.total[rows] == self.limit[rows])].tolist():
-            turn = self.tokens[slot, self.turn[slot] : self.total[slot]].tolist()
-            cut = "" if self.episodes[slot].ended(turn) else self.cut(slot)
-            if cut is not None:
-                self.episodes[slot].close_turn(turn, cut)
+            total, episode = self.total[slot], self.episodes[slot]
+            turn = self.tokens[slot, self.turn[slot]:total].tolist()
+            ended = episode.ended(turn)
+            if ended or total == self.limit[slot]:
+                cut = "context_limit" if total == self.context else "length"
+                episode.close_turn(turn, "" if ended else cut)
                 self.running[slot] = False
                 over.append(slot)
         return over
 
-    def cut(self, slot: int) -> str | None:
-        """The limit that the slot has just reached, if any."""
-        if self.total[slot] < self.limit[slot]:
-            return None
-        return "context_limit" if self.total[slot] == self.context else "length"
 
-
-def choose_slots(model, trajectories: int, context: int) -> int:
-    """As many slots as trajectories, or as fit into 80 % of the free memory with their share of the logits."""
+def fitting_slots(model, context: int) -> int:
+    """How many slots fit: into 80 % of the free memory of a GPU, or a quarter of the machine's memory."""
     config, weight = model.config, model.get_input_embeddings().weight
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * weight.element_size()
-    each = token * context + 8 * context + 24 * config.vocab_size  # cache, uniforms, logits in fp32 and fp64
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config)
+    each = (a_token * weight.element_size() + 8) * context + 24 * config.vocab_size     # cache, uniforms; logits
     if weight.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-        fit, most = int(0.8 * (torch.cuda.mem_get_info(weight.device)[0] + unused)) // each, 256
-    else:
-        fit, most = int(0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // each, 128
-    return max(1, min(trajectories, fit, most))
+        cached = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        room, most = 0.8 * (torch.cuda.mem_get_info(weight.device)[0] + cached), 256
+    else:                       # of the total, not of what is free: the same number of slots in every run
+        room, most = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 128
+    return max(1, min(int(room / each), most))
 
 
-# ------------------------------------------------------------------------------------------------------- the call
-
-
-def rollout(
-    policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int, progress=None
-) -> list[list[Trajectory]]:
+# --------------------------------------------------------------------------------------------------- the call
+def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int,
+            progress=None) -> list[list[Trajectory]]:
     """Sample `samples` trajectories for each task with the policy as it is now: one list for each task.
 
-    policy: with .model, .tokenizer and .preset.prompt; inside `policy.reference()` the reference policy is sampled.
-    progress: a tqdm bar, advanced by one for each trajectory.  Raises UserError for a template, a prompt style or a
-    model that cannot be used; what goes wrong in one trajectory ends only that one, with stop_reason "error".
+    Inside `policy.reference()` it is the reference policy that is sampled. progress: a tqdm bar, advanced by 1
+    for each trajectory. Raises UserError for a chat template, a prompt style or a model that cannot be used; what
+    goes wrong in one trajectory ends that one, with stop_reason "error".
     """
-    chat, done = Chat(policy.tokenizer), {}
-    episodes = [
-        Episode(task, i, seed, g, prompt, chat, executor, tools, sampling)
-        for g, task in enumerate(tasks)
-        for prompt in [build_prompt(policy.tokenizer, task, tools, policy.preset.prompt)]
-        for i in range(samples)
-    ]
-    fitting = [e for e in episodes if len(e.prompt) < sampling.context_tokens]
+    model, chat, context = policy.model, Chat(policy.tokenizer), sampling.context_tokens
+    prompts = [build_prompt(policy.tokenizer, task, tools, policy.preset.prompt) for task in tasks]
+    episodes = [Episode(task, i, seed, group, prompts[group], chat, executor, tools, sampling)
+                for group, task in enumerate(tasks) for i in range(samples)]
+    done = {}
     for episode in episodes:
-        if len(episode.prompt) >= sampling.context_tokens:
-            episode.stop_reason = "context_limit"
-            done[episode.group, episode.sample] = episode.trajectory(
-                episode.prompt, [0] * len(episode.prompt), [0.0] * len(episode.prompt), 0.0
-            )
-    with sampling_mode(policy.model, sampling.deterministic):
-        slots = sampling.slots or choose_slots(policy.model, len(fitting), sampling.context_tokens)
-        engine = Engine(
-            policy.model, min(slots, max(1, len(fitting))), sampling.context_tokens, sampling.temperature,
-            chat.watched(policy.model.config.vocab_size), sampling.deterministic,
-        )  # fmt: skip
-        for episode, ids, mask, logps, seconds in engine.run(fitting):
-            done[episode.group, episode.sample] = episode.trajectory(ids, mask, logps, seconds)
+        if len(episode.prompt) >= context:
+            episode.stop_reason, n = "context_limit", len(episode.prompt)
+            done[episode] = episode.trajectory(episode.prompt, [0] * n, [0.0] * n, 0.0)
+    waiting = [episode for episode in episodes if episode not in done]
+    with sampling_mode(model, sampling.deterministic):
+        slots = max(1, min(sampling.slots or fitting_slots(model, context), len(waiting)))
+        engine = Engine(model, slots, context, sampling.temperature, chat.watched(model.config.vocab_size),
+                        sampling.deterministic)
+        for episode, *columns in engine.run(waiting):
+            done[episode] = episode.trajectory(*columns)
             if progress is not None:
                 progress.update(1)
-    return [[done[g, i] for i in range(samples)] for g in range(len(tasks))]
+    return [[done[episode] for episode in episodes[g:g + samples]] for g in range(0, len(episodes), samples)]
