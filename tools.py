@@ -162,6 +162,8 @@ def tool(function: Callable) -> Tool:
         elif hint is None or not known(hint):
             raise UserError(f"tool {name}: argument {parameter.name} needs a type hint made of str, int, float, bool, "
                             "list, dict, None, Literal")
+        elif parameter.default is not parameter.empty and not fits(parameter.default, hint):
+            raise UserError(f"tool {name}: the default of {parameter.name} is not of its type")
         else:
             visible.append(parameter.replace(annotation=hint, kind=parameter.POSITIONAL_OR_KEYWORD))
     if "return" not in hints:

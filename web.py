@@ -128,7 +128,7 @@ class Cache:
 
 # ------------------------------------------------------------------------------------------------ what may be reached
 NEVER = [ipaddress.ip_network(n) for n in (
-    "168.63.129.16/32", "2002::/16", "64:ff9b::/32", "2001::/32")]    # Azure's metadata; IPv6 that hides an IPv4
+    "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "64:ff9b::/32", "2001::/32")]    # metadata of two clouds; IPv6 that hides an IPv4
 BENCHMARKS = re.compile(r"gaia[-_]?benchmark|huggingface\.co/datasets|hf-mirror\.com/datasets|/gaia[^/]*validation",
                         re.IGNORECASE)
 
@@ -194,8 +194,10 @@ def body_of(response, deadline: float, limit: int = MAX_BYTES) -> bytes:
         size += len(chunk)
         if size > limit:
             raise WebError("too_large", f"more than {limit // 2**20} MiB", keep=True)
-        if time.monotonic() > deadline:
-            raise WebError("timeout", "the site is too slow")
+        if time.monotonic() >= deadline:
+            break
+    if time.monotonic() >= deadline:    # also where the cut connection looks like the end of the page
+        raise WebError("timeout", "the site is too slow")
     return b"".join(chunks)
 
 

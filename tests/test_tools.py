@@ -1,0 +1,681 @@
+"""tools.py and web.py: definitions, checked calls, and the built-in tools against real servers and real files."""
+import base64
+import gzip
+import io
+import json
+import os
+import socket
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+import tools
+import web
+from tools import (Tool, ToolContext, ToolError, UserError, find, load_tools, open_web, preflight, prompt_text, read_file,
+                   tool, visit)
+from web import Cache, Web, WebError, check_address, holds_benchmark, to_text
+
+for package in ("markitdown", "pypdf", "openpyxl"):
+    pytest.importorskip(package, reason="pip install -r requirements-gaia.txt")
+
+
+# ------------------------------------------------------------------------------------------------ definitions and calls
+@tool
+def shout(text: str, times: int = 1, context: ToolContext = None, marks: list[str] | None = None) -> str:
+    """Say it louder."""
+    context.state["shouts"] = context.state.get("shouts", 0) + times
+    return text.upper() + "!" * context.state["shouts"] + "".join(marks or [])
+
+
+def test_a_tool_is_described_by_its_signature_without_the_context():
+    assert prompt_text([shout]) == ("shout(text: str, times: int = 1, marks: list[str] | None = None) -> str: "
+                                    "Say it louder.")
+
+
+def test_state_belongs_to_the_trajectory():
+    one, other = ToolContext(), ToolContext()
+    first, second = shout.bind(one), shout.bind(other)
+    assert [first("a"), first("a", times=2), second("b", marks=["?"])] == ["A!", "A!!!", "B!?"]
+    assert one.state["shouts"] == 3 and other.state["shouts"] == 1
+
+
+@pytest.mark.parametrize("args, kwargs, complaint", [
+    ((), {}, "missing"), ((1,), {}, "must be str, not int"), (("a", "b"), {}, "must be int"), (("a", True), {}, "not bool"),
+    (("a", 1.0), {}, "not float"), (("a",), {"marks": [1]}, "list"), (("a",), {"loud": 1}, "unexpected"),
+    (("a",), {"context": {}}, "unexpected"), (("a", 1, None, 4), {}, "too many")])
+def test_arguments_are_checked(args, kwargs, complaint):
+    with pytest.raises(ToolError, match=complaint):
+        shout.bind(ToolContext())(*args, **kwargs)
+
+
+def no_docstring(x: str) -> str:
+    return x
+
+
+def no_hint(x) -> str:
+    """Do."""
+
+
+def no_return(x: str):
+    """Do."""
+
+
+def odd_type(x: Path) -> str:
+    """Do."""
+
+
+def star(*x: str) -> str:
+    """Do."""
+
+
+def final_answer(x: str) -> str:
+    """Do."""
+
+
+def print(x: str) -> str:    # noqa: A001  a builtin's name
+    """Do."""
+
+
+def Upper(x: str) -> str:
+    """Do."""
+
+
+def bad_default(x: int = "three") -> str:
+    """Do."""
+
+
+@pytest.mark.parametrize("function", [no_docstring, no_hint, no_return, odd_type, star, final_answer, print, Upper, bad_default])
+def test_wrong_definitions_fail_at_once(function):
+    with pytest.raises(UserError, match=f"tool {function.__name__}: "):
+        tool(function)
+
+
+def test_a_users_own_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from tools import tool, ToolContext\n"
+                    "@tool\ndef note(text: str, context: ToolContext) -> int:\n    'Keep a note.'\n"
+                    "    context.state.setdefault('notes', []).append(text)\n    return len(context.state['notes'])\n")
+    (mine,) = load_tools(str(file))
+    call = mine.bind(ToolContext())
+    assert isinstance(mine, Tool) and [call("a"), call("b")] == [1, 2] and load_tools(None) == load_tools("") == []
+    for text, complaint in [("x = 1\n", "no function"), ("1 / 0\n", "ZeroDivisionError"), ("def f(:\n", "SyntaxError"),
+                            ("from tools import tool\n@tool\ndef f(x: str) -> str:\n    return x\n", "docstring")]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=complaint):
+            load_tools(str(file))
+    with pytest.raises(UserError, match="no such file"):
+        load_tools(str(tmp_path / "none.py"))
+    file.write_text("from tools import tool\n@tool\ndef visit(url: str) -> str:\n    'Do.'\n    return url\n")
+    with pytest.raises(UserError, match="two tools are called visit"):
+        load_tools(f"web,{file}")
+
+
+# ------------------------------------------------------------------------------------------------ the test's own web
+QUESTION = ("If Eliud Kipchoge could maintain his record-making marathon pace indefinitely, how many thousand hours would it "
+            "take him to run the distance between the Earth and the Moon at its closest approach?")
+HTML = ("<html><head><title>Test page</title><script>var x = 1</script></head><body><h1>Heading</h1><p>Some text with a "
+        "<a href='/other'>relative link</a>.</p><table><tr><th>Name</th><th>Age</th></tr><tr><td>Ann</td><td>41</td></tr>"
+        "</table></body></html>")
+
+
+def pdf_bytes(*pages):
+    from fpdf import FPDF
+    pdf = FPDF()
+    for text in pages:
+        pdf.add_page()
+        pdf.set_font("helvetica", size=12)
+        pdf.multi_cell(0, 8, text)
+    return bytes(pdf.output())
+
+
+def docx_bytes(text):
+    from docx import Document
+    document, out = Document(), io.BytesIO()
+    document.add_heading("A report", 1)
+    document.add_paragraph(text)
+    table = document.add_table(1, 2)
+    table.rows[0].cells[0].text, table.rows[0].cells[1].text = "left", "right"
+    document.save(out)
+    return out.getvalue()
+
+
+class Site:
+    """A web site on loopback. `seen` holds what it was asked."""
+
+    def __init__(self):
+        self.seen, site = [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.0"
+
+            def handle_any(self):
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                url = urlsplit(self.path)
+                site.seen.append((self.command, self.path, dict(self.headers), body))
+                try:
+                    getattr(site, "page_" + url.path.strip("/").replace("/", "_").replace(".", "_"), site.missing)(self, url)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+            do_GET = do_POST = handle_any
+
+            def log_message(self, *_):
+                pass
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    @staticmethod
+    def send(h, body, kind="text/html; charset=utf-8", status=200, **headers):
+        data = body.encode() if isinstance(body, str) else body
+        h.send_response(status)
+        for name, value in {"content-type": kind, "content-length": str(len(data)), **headers}.items():
+            h.send_header(name, value)
+        h.end_headers()
+        h.wfile.write(data)
+
+    def redirect(self, h, to):
+        self.send(h, "", status=302, location=to)
+
+    def missing(self, h, url):
+        if url.path.startswith("/web/20100101000000id_/"):
+            self.send(h, "<p>How it was in 2010.</p>")
+        else:
+            self.send(h, "no", status=404)
+
+    def page_page_html(self, h, url):
+        self.send(h, HTML)
+
+    def page_doc_pdf(self, h, url):
+        self.send(h, pdf_bytes("The first page is about cats.", "The second page is about dogs."), "application/pdf")
+
+    def page_doc(self, h, url):
+        kind = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+        self.send(h, docx_bytes("A paragraph about owls."), kind)
+
+    def page_long(self, h, url):
+        self.send(h, "".join(f"line {i} of a long text\n" for i in range(1000)), "text/plain")
+
+    def page_hop(self, h, url):
+        self.redirect(h, "/page.html")
+
+    def page_loop(self, h, url):
+        self.redirect(h, "/loop")
+
+    def page_away(self, h, url):
+        self.redirect(h, parse_qs(url.query)["to"][0])
+
+    def page_slow(self, h, url):
+        time.sleep(3)
+        self.send(h, "late")
+
+    def page_drip(self, h, url):
+        h.send_response(200)
+        h.end_headers()
+        for _ in range(100):
+            h.wfile.write(b"a")
+            h.wfile.flush()
+            time.sleep(0.1)
+
+    def page_headers(self, h, url):
+        h.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        for i in range(80):
+            h.wfile.write(b"x-%d: 1\r\n" % i)
+            h.wfile.flush()
+            time.sleep(0.1)
+
+    def page_endless(self, h, url):
+        h.send_response(200)
+        h.end_headers()
+        while True:
+            h.wfile.write(b"a" * 2**20)
+
+    def page_bomb(self, h, url):
+        self.send(h, gzip.compress(b"a" * 2**26), "text/plain", **{"content-encoding": "gzip"})
+
+    def page_busy(self, h, url):
+        self.send(h, "busy" if len([s for s in self.seen if s[1] == "/busy"]) == 1 else "fine", "text/plain",
+                  status=429 if len([s for s in self.seen if s[1] == "/busy"]) == 1 else 200)
+
+    def page_answers(self, h, url):
+        self.send(h, f"<p>A leaked benchmark. {QUESTION} Answer: 17</p>")
+
+    def page_quotes(self, h, url):
+        self.send(h, "<p>Eliud Kipchoge holds a record-making marathon pace; the Moon at its closest approach is near.</p>")
+
+    def page_w_api_php(self, h, url):
+        q = {k: v[0] for k, v in parse_qs(url.query).items()}
+        if q.get("list") == "search":
+            answer = {"query": {"search": [{"title": "Ada Lovelace", "snippet": "an <span>English</span> mathematician"}]}}
+        elif q["action"] == "parse":
+            answer = {"parse": {"text": f"<p>Text of revision {q['oldid']} with a <a href='/wiki/B'>link</a>.</p>"}}
+        elif q["titles"] == "Nothing":
+            answer = {"query": {"pages": [{"title": "Nothing", "missing": True}]}}
+        else:
+            revision = 7 if q.get("rvstart") == "2015-06-30T23:59:59Z" and q["rvdir"] == "older" else 9
+            answer = {"query": {"pages": [{"title": "Ada Lovelace", "revisions": [
+                {"revid": revision, "timestamp": "2015-06-01T00:00:00Z"}]}]}}
+        self.send(h, json.dumps(answer), "application/json")
+
+    def page_wayback_available(self, h, url):
+        copies = {"closest": {"url": f"{self.url}/web/20100101000000/http://x.org/"}} if "x.org" in url.query else {}
+        self.send(h, json.dumps({"archived_snapshots": copies}), "application/json")
+
+    def search(self, answer):
+        return lambda h, url: self.send(h, json.dumps(answer), "application/json")
+
+
+@pytest.fixture(scope="module")
+def site():
+    site = Site()
+    yield site
+    site.http.shutdown()
+    site.http.server_close()
+
+
+@pytest.fixture
+def call(site, tmp_path):
+    """call(tool, *arguments): the tool as a trajectory calls it, over the test's web."""
+    made = Web(Cache(), allow_loopback=True, seconds=5, wikipedia=site.url + "?{}", wayback=site.url)
+    made.wikipedia = site.url                                          # one server speaks every language
+    context = ToolContext(workdir=tmp_path, question=QUESTION)
+
+    def call(name, *args, over=None, **kwargs):
+        from dataclasses import replace
+        return replace(getattr(tools, name), web=over or made).bind(context)(*args, **kwargs)
+    call.web, call.context, call.folder = made, context, tmp_path
+    return call
+
+
+# ------------------------------------------------------------------------------------------------ visiting
+def test_html_becomes_markdown_with_absolute_links(call, site):
+    text = call("visit", site.url + "/page.html")
+    assert text.startswith(f"{site.url}/page.html (page 1/1)\n") and "# Heading" in text and "var x" not in text
+    assert f"[relative link]({site.url}/other)" in text and "| Ann | 41 |" in text
+
+
+def test_pdf_and_office_pages(call, site):
+    text = call("visit", site.url + "/doc.pdf")
+    assert "[page 1 of 2]\nThe first page is about cats." in text and "[page 2 of 2]" in text
+    text = call("visit", site.url + "/doc")
+    assert "A paragraph about owls." in text and "| left | right |" in text
+
+
+def test_long_pages_are_cut_at_lines_and_counted(call, site):
+    pages, n = [], 1
+    while True:
+        head, _, body = call("visit", site.url + "/long", n).partition("\n")
+        if head.startswith("ERROR[no_page]"):
+            break
+        assert len(body) <= tools.PAGE and body.startswith("line ") and body.endswith("of a long text")
+        pages.append(body)
+        n += 1
+    assert "\n".join(pages).splitlines() == [f"line {i} of a long text" for i in range(1000)] and len(pages) == 3
+
+
+def test_find_shows_the_places(call, site):
+    text = call("find", site.url + "/doc.pdf", "PAGE IS ABOUT")
+    assert text.startswith("2 places") and "cats" in text and "dogs" in text
+    assert call("find", site.url + "/doc.pdf", "zebra") == "0 places"
+
+
+@pytest.mark.parametrize("path, error", [
+    ("/nothing", "ERROR[http_404]"), ("/loop", "ERROR[network]: too many redirects"), ("/slow", "ERROR[timeout]"),
+    ("/drip", "ERROR[timeout]"), ("/headers", "ERROR[timeout]"), ("/endless", "ERROR[too_large]"), ("/bomb", "ERROR[too_large]"),
+    ("/away?to=http://10.0.0.1/", "ERROR[blocked]"), ("/away?to=http://169.254.169.254/latest", "ERROR[blocked]"),
+    ("/away?to=file:///etc/passwd", "ERROR[blocked]"), ("/away?to=ftp://example.org/", "ERROR[blocked]"),
+    ("/away?to=https://huggingface.co/datasets/gaia-benchmark/GAIA", "ERROR[blocked]")])
+def test_what_goes_wrong_is_text(call, site, path, error):
+    call.web.seconds = 1
+    begin = time.monotonic()
+    assert call("visit", site.url + path).startswith(error)
+    assert time.monotonic() - begin < 4
+
+
+def test_redirects_are_followed(call, site):
+    assert call("visit", site.url + "/hop").startswith(site.url + "/page.html")
+
+
+@pytest.mark.parametrize("url", [
+    "http://127.0.0.1:1/", "http://localhost/", "http://[::1]/", "http://0.0.0.0/", "http://10.1.2.3/", "http://2130706433/",
+    "http://0x7f.1/", "http://[::ffff:127.0.0.1]/", "http://192.168.1.1/", "http://172.16.0.1/", "http://169.254.169.254/",
+    "http://100.64.0.1/", "http://[fd00:ec2::254]/", "http://[fe80::1]/", "http://[2002:7f00:1::]/", "http://224.0.0.1/",
+    "file:///etc/passwd", "gopher://example.org/", "http://user:pw@example.org/", "http://", "javascript:1", "//example.org"])
+def test_private_addresses_and_other_schemes_are_refused(url):
+    with pytest.raises(WebError, match="blocked"):
+        Web(seconds=2).fetch(url)
+
+
+@pytest.mark.parametrize("address, allowed", [
+    ("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("168.63.129.16", False), ("100.100.100.200", False),
+    ("192.0.0.192", False), ("198.18.0.1", False), ("::", False), ("64:ff9b::7f00:1", False), ("fe80::1%eth0", False),
+    ("255.255.255.255", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True)])
+def test_addresses(address, allowed):
+    if allowed:
+        check_address(address)
+    else:
+        with pytest.raises(WebError):
+            check_address(address)
+
+
+def test_a_second_dns_answer_is_no_way_in(site, monkeypatch):
+    """DNS rebinding: public when checked, loopback when connected. The one thing no real name server does for a test."""
+    real, answers, before = socket.getaddrinfo, ["8.8.8.8", "127.0.0.1"], len(site.seen)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *a, **k: real(answers.pop(0), port, *a, **k))
+    port = urlsplit(site.url).port
+    with pytest.raises(WebError, match="blocked"):
+        Web(seconds=2).fetch(f"http://rebind.example:{port}/page.html")
+    assert answers == [] and len(site.seen) == before                      # connected, and not a byte was sent
+
+
+def test_a_proxy_of_the_environment_is_no_way_around(site, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", site.url)
+    before = len(site.seen)
+    with pytest.raises(WebError, match="blocked"):
+        Web(seconds=2).fetch("http://10.0.0.1/")
+    assert len(site.seen) == before
+
+
+# ------------------------------------------------------------------------------------------------ the benchmark guard
+def test_pages_that_hold_the_benchmark_are_dropped_and_counted(call, site):
+    assert call("visit", site.url + "/answers").startswith("ERROR[blocked]: this page holds the benchmark")
+    assert call("find", site.url + "/answers", "Answer").startswith("ERROR[blocked]")
+    assert call("visit", "https://hf-mirror.com/datasets/x/GAIA").startswith("ERROR[blocked]")
+    assert call.web.counts["benchmark"] == 3
+    assert "record-making" in call("visit", site.url + "/quotes")          # a page about the matter is none
+
+
+def test_overlap_by_hand():
+    question = " ".join(f"w{i}" for i in range(20))                        # 13 8-grams
+    assert holds_benchmark("before " + question.upper() + "!", question)
+    assert not holds_benchmark(" ".join(f"w{i}" for i in range(12)), question)     # 5 of 13
+    assert holds_benchmark(" ".join(f"w{i}" for i in range(13)), question)         # 6 of 13
+    assert not holds_benchmark("who is it", "who is it")                   # too short to tell
+
+
+# ------------------------------------------------------------------------------------------------ searching
+SEARCHES = {    # API answer, request that must arrive: (method, what its body or query holds, header)
+    "serper": ({"organic": [{"title": "T", "link": "http://a.org", "snippet": "S"}]},
+               {"q": "cats site:a.org", "num": 3, "tbs": "cdr:1,cd_min:1/1/2020,cd_max:12/31/2020"}, "X-API-KEY"),
+    "brave": ({"web": {"results": [{"title": "T", "url": "http://a.org", "description": "S"}]}},
+              {"q": ["cats site:a.org"], "count": ["3"], "freshness": ["2020-01-01to2020-12-31"]}, "X-Subscription-Token"),
+    "tavily": ({"results": [{"title": "T", "url": "http://a.org", "content": "S"}]},
+               {"query": "cats", "max_results": 3, "start_date": "2020-01-01", "end_date": "2020-12-31",
+                "include_domains": ["a.org"]}, "Authorization"),
+    "searxng": ({"results": [{"title": "T", "url": "http://a.org", "content": "S"}]},
+                {"q": ["cats site:a.org 2020"], "format": ["json"]}, None)}
+
+
+@pytest.mark.parametrize("backend", SEARCHES)
+def test_search_apis(call, site, monkeypatch, backend):
+    answer, wanted, header = SEARCHES[backend]
+    for variable, _ in tools.SEARCHES.values():
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(site, f"page_{backend}", site.search(answer), raising=False)
+    monkeypatch.setattr(site, "page_search", site.search(answer), raising=False)
+    variable = tools.SEARCHES[backend][0]
+    monkeypatch.setenv(variable, site.url if backend == "searxng" else "the-secret-key")
+    monkeypatch.setitem(tools.SEARCHES, backend, (variable, f"{site.url}/{backend}"))
+    assert call("web_search", "cats", 3, 2020, "a.org") == "1. T\n   http://a.org\n   S"
+    method, path, headers, body = site.seen[-1]
+    sent = json.loads(body) if method == "POST" else parse_qs(urlsplit(path).query)
+    assert sent == wanted and (header is None or "the-secret-key" in headers[header])
+    assert "the-secret-key" not in path
+
+
+def test_search_without_a_key_is_wikipedias(call, site, monkeypatch):
+    for variable, _ in tools.SEARCHES.values():
+        monkeypatch.delenv(variable, raising=False)
+    assert call("web_search", "Ada") == f"1. Ada Lovelace\n   {site.url}/wiki/Ada_Lovelace\n   an English mathematician"
+    assert "tool-r1" in site.seen[-1][2]["User-Agent"]
+
+
+def test_hits_that_hold_the_benchmark_are_dropped(call, site, monkeypatch):
+    hits = [{"title": "T", "link": "https://huggingface.co/datasets/gaia-benchmark/GAIA", "snippet": ""},
+            {"title": "T", "link": "http://a.org", "snippet": QUESTION}, {"title": "good", "link": "http://b.org", "snippet": "S"}]
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    monkeypatch.setattr(site, "page_serper", site.search({"organic": hits}), raising=False)
+    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+    assert call("web_search", "cats") == "1. good\n   http://b.org\n   S" and call.web.counts["benchmark"] == 2
+
+
+def test_wiki_as_it_was(call, site):
+    text = call("wiki", "Ada Lovelace", "2015-06-30")
+    assert text.startswith("Ada Lovelace, revision of 2015-06-01") and "Text of revision 7" in text
+    assert "revision 9" in call("wiki", "de:Ada Lovelace")
+    assert call("wiki", "Nothing", "2001-01-01") == "ERROR[not_found]: no article 'Nothing' on 2001-01-01"
+    assert call("wiki", "Ada", "last year").startswith("ERROR[bad_date]")
+
+
+def test_archive(call, site):
+    assert "How it was in 2010." in call("archive", "http://x.org/", "2010-01-01")
+    assert parse_qs(urlsplit(site.seen[-2][1]).query) == {"url": ["http://x.org/"], "timestamp": ["20100101"]}
+    assert call("archive", "http://y.org/", "2010-01-01").startswith("ERROR[not_found]")
+
+
+# ------------------------------------------------------------------------------------------------ files
+def xlsx_bytes():
+    from openpyxl import Workbook
+    from openpyxl.styles import PatternFill
+    book, out = Workbook(), io.BytesIO()
+    book.active.title = "Plots"
+    book.active["A1"], book.active["B1"], book.active["B2"] = "Ann", 7, "=B1*2"
+    book.active["C3"].fill = PatternFill("solid", fgColor="FF00FF00")
+    book.create_sheet("Other")["A1"] = "elsewhere"
+    book.save(out)
+    return out.getvalue()
+
+
+def pptx_bytes():
+    from pptx import Presentation
+    show, out = Presentation(), io.BytesIO()
+    slide = show.slides.add_slide(show.slide_layouts[1])
+    slide.shapes.title.text, slide.placeholders[1].text = "A title", "with crustaceans"
+    show.save(out)
+    return out.getvalue()
+
+
+def zip_bytes():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("inner/a.txt", "12345")
+    return out.getvalue()
+
+
+FILES = {
+    "a.txt": (b"plain \xc3\xa9", ["plain \u00e9"]), "latin.txt": ("caf\u00e9".encode("latin-1"), ["caf\u00e9"]),
+    "utf16.txt": ("caf\u00e9".encode("utf-16"), ["caf\u00e9"]), "a.csv": (b"x,y\n1,2\n", ["x,y\n1,2"]),
+    "a.json": (b'{"k": [1]}', ['{"k": [1]}']), "a.jsonl": (b'{"k": 1}\n{"k": 2}\n', ['{"k": 2}']),
+    "a.xml": (b"<a><b>t</b></a>", ["<b>t</b>"]), "a.html": (HTML.encode(), ["# Heading", "| Ann | 41 |"]),
+    "a.py": (b"print(1)\n", ["print(1)"]), "a.pdb": (b"ATOM      1  N   GLY A   1", ["ATOM      1  N"]),
+    "a.jsonld": (b'{"@id": "x"}', ['"@id"']), "a.pdf": (lambda: pdf_bytes("Cats.", "Dogs."), ["[page 2 of 2]\nDogs."]),
+    "a.docx": (lambda: docx_bytes("Owls."), ["# A report", "Owls.", "| left | right |"]),
+    "a.pptx": (pptx_bytes, ["# A title", "with crustaceans"]), "a.zip": (zip_bytes, ["inner/a.txt (5 bytes)"]),
+    "a.xlsx": (xlsx_bytes, ["A1=Ann | B1=7", "B2==B1*2", "C3= [fill FF00FF00]", "A1=elsewhere", "sheets: Plots, Other"])}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_every_type(call, name):
+    content, expected = FILES[name]
+    (call.folder / name).write_bytes(content() if callable(content) else content)
+    text = call("read_file", name)
+    assert text.startswith(f"{name} (page 1/1)\n") and all(part in text for part in expected), text
+
+
+def test_one_sheet_and_its_absence(call):
+    (call.folder / "a.xlsx").write_bytes(xlsx_bytes())
+    assert "Ann" not in call("read_file", "a.xlsx", sheet="Other")
+    assert call("read_file", "a.xlsx", sheet="Nope").startswith("ERROR[unreadable]")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.pdf", b"%PDF-1.4 broken"), ("a.docx", b"PK broken"), ("a.xlsx", b""), ("a.zip", b"x"), ("a.bin", b"\0\1\2"), ("a.png", b"\x89PNG\0")])
+def test_broken_files_are_text(call, name, content):
+    (call.folder / name).write_bytes(content)
+    assert call("read_file", name).startswith("ERROR[unreadable]")
+
+
+def test_a_zip_bomb_is_not_unpacked():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(11):
+            archive.writestr(f"word/{i}.xml", b"\0" * 50 * 2**20)
+    with pytest.raises(WebError, match="unpacks to more"):
+        to_text(out.getvalue(), ".docx")
+
+
+def test_a_parser_that_hangs_is_ended():
+    with pytest.raises(WebError, match="timeout"):
+        to_text(pdf_bytes("x"), ".pdf", seconds=0.01)
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "link", "folder/../../secret", "linked/secret", "pipe", "", ".",
+                                  "folder", "nothing"])
+def test_only_files_below_the_folder(call, path, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "secret").write_text("s3cret")
+    (call.folder / "link").symlink_to(outside / "secret")
+    (call.folder / "linked").symlink_to(outside)
+    (call.folder / "folder").mkdir()
+    os.mkfifo(call.folder / "pipe")
+    for name, more in [("read_file", ()), ("ask_image", ("what?",))]:
+        assert call(name, path, *more).startswith("ERROR[no_file]")
+
+
+def test_download_writes_only_new_files_in_the_folder(call, site):
+    assert call("download", site.url + "/doc.pdf") == "saved as doc.pdf (%d bytes)" % (call.folder / "doc.pdf").stat().st_size
+    assert "about cats" in call("read_file", "doc.pdf")
+    assert call("download", site.url + "/doc.pdf").startswith("ERROR[no_file]: doc.pdf: File exists")
+    (call.folder / "page.html").symlink_to("/tmp/should-not-exist-tool-r1")
+    assert call("download", site.url + "/hop").startswith("ERROR[no_file]") and not Path("/tmp/should-not-exist-tool-r1").exists()
+
+
+# ------------------------------------------------------------------------------------------------ image and sound
+def test_image_and_audio_requests_byte_for_byte(call, site, monkeypatch):
+    chat = {"choices": [{"message": {"content": "a red cube"}}]}
+    monkeypatch.setattr(site, "page_v1_chat_completions", site.search(chat), raising=False)
+    monkeypatch.setattr(site, "page_v1_audio_transcriptions", site.search({"text": "hello"}), raising=False)
+    for kind in ("VISION", "AUDIO"):
+        monkeypatch.setenv(f"{kind}_URL", site.url + "/v1")
+        monkeypatch.setenv(f"{kind}_MODEL", f"{kind.lower()}-model")
+        monkeypatch.setenv(f"{kind}_API_KEY", "the-secret-key")
+    image, sound = bytes(range(256)), b"ID3\0sound"
+    (call.folder / "a.jpg").write_bytes(image)
+    (call.folder / "a.mp3").write_bytes(sound)
+    assert call("ask_image", "a.jpg", "What is it?") == "a red cube"
+    *_, headers, body = site.seen[-1]
+    assert headers["Authorization"] == "Bearer the-secret-key"
+    assert json.loads(body) == {"model": "vision-model", "temperature": 0, "max_tokens": 512, "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "What is it?"},
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(image).decode()}}]}]}
+    assert call("transcribe", "a.mp3") == "hello"
+    _, path, headers, body = site.seen[-1]
+    edge = headers["Content-Type"].split("boundary=")[1].encode()
+    parts = body.split(b"--" + edge)
+    assert path == "/v1/audio/transcriptions" and headers["Authorization"] == "Bearer the-secret-key" and parts[-1] == b"--\r\n"
+    assert parts[1] == b'\r\nContent-Disposition: form-data; name="model"\r\n\r\naudio-model\r\n'
+    assert parts[2] == (b'\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n\r\n' + sound + b"\r\n")
+    before = len(site.seen)
+    assert call("ask_image", "a.jpg", "What is it?") == "a red cube" and len(site.seen) == before      # kept
+
+
+# ------------------------------------------------------------------------------------------------ record and replay
+def test_record_then_replay_without_the_web_and_without_keys(site, tmp_path, monkeypatch):
+    from dataclasses import replace
+    file = str(tmp_path / "web.sqlite")
+    monkeypatch.setenv("SERPER_API_KEY", "the-secret-key")
+    monkeypatch.setattr(site, "page_serper", site.search({"organic": [{"title": "T", "link": "http://a.org", "snippet": "S"}]}), raising=False)
+    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+
+    def answers(mode):
+        made, log = Web(Cache(file, mode), allow_loopback=True, seconds=2), []
+        calls = [("web_search", ("cats",)), ("visit", (site.url + "/page.html",)), ("visit", (site.url + "/nothing",))]
+        return [replace(getattr(tools, n), web=made, log=log).bind(ToolContext())(*a) for n, a in calls], made, log
+    recorded, made, log = answers("record")
+    assert [c.hits for c in log] == [0, 0, 0] and [c.outcome for c in log] == ["ok", "ok", "http_404"]
+    again, _, log = answers("record")
+    assert again == recorded and [c.hits for c in log] == [1, 1, 1]
+    monkeypatch.delenv("SERPER_API_KEY")
+    before = len(site.seen)
+    replayed, replay, _ = answers("replay")
+    assert replayed == recorded and len(site.seen) == before and replay.cache.digest() == made.cache.digest()
+    missed = replace(visit, web=replay).bind(ToolContext())(site.url + "/long")
+    assert missed == "ERROR[cache_miss]: this was not recorded, and the web is closed; try another way"
+    assert replay.cache.counts["misses"] == 1 and len(site.seen) == before
+    assert b"the-secret-key" not in Path(file).read_bytes()
+
+
+def test_429_and_5xx_are_never_kept(site, tmp_path):
+    made = Web(Cache(str(tmp_path / "c.sqlite"), "record"), allow_loopback=True, seconds=2)
+    with pytest.raises(WebError, match="http_429"):
+        made.fetch(site.url + "/busy")
+    assert made.fetch(site.url + "/busy")[2] == b"fine"
+    with pytest.raises(WebError, match="timeout|network"):
+        Web(made.cache, allow_loopback=True, seconds=0.3).fetch(site.url + "/slow")
+    assert made.cache.db.execute("SELECT count(*) FROM answers").fetchone() == (1,)
+
+
+def test_equal_requests_at_once_are_made_once(tmp_path):
+    cache, made, results = Cache(str(tmp_path / "c.sqlite"), "record"), [], []
+
+    def make():
+        made.append(1)
+        time.sleep(0.2)
+        return "answer"
+
+    def fail():
+        made.append(1)
+        time.sleep(0.2)
+        raise WebError("http_500", "x")
+    threads = [threading.Thread(target=lambda: results.append(cache.answer("t", {"a": 1}, "b", make))) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert results == ["answer"] * 8 and len(made) == 1
+
+    def failing():
+        with pytest.raises(WebError):
+            cache.answer("t", {"a": 2}, "b", fail)
+        results.append("failed")
+    threads = [threading.Thread(target=failing) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert results[8:] == ["failed"] * 4 and len(made) == 2 and not cache.flights
+    assert cache.answer("t", {"a": 2}, "b", lambda: "later") == "later"     # a failure is not kept
+
+
+def test_the_key_of_an_answer_is_all_of_tool_arguments_backend_and_version(tmp_path, monkeypatch):
+    cache = Cache(str(tmp_path / "c.sqlite"), "record")
+    assert [cache.answer(t, {"a": a}, b, lambda: f"{t}{a}{b}") for t in "xy" for a in "xy" for b in "xy"] == [
+        t + a + b for t in "xy" for a in "xy" for b in "xy"]
+    monkeypatch.setattr(web, "VERSION", "2")
+    assert cache.answer("x", {"a": "x"}, "x", lambda: "new") == "new"
+
+
+def test_the_preflight_says_what_is_live_and_why_not(monkeypatch):
+    for variable in ("VISION_URL", "VISION_MODEL", "AUDIO_URL", "AUDIO_MODEL"):
+        monkeypatch.delenv(variable, raising=False)
+    rows = {t.name: why for t, why in preflight(Web())}
+    assert list(rows) == ["web_search", "visit", "find", "wiki", "archive", "download", "read_file", "ask_image", "transcribe"]
+    assert rows["ask_image"] == "VISION_URL is not set; VISION_MODEL is not set" and not rows["visit"]
+    monkeypatch.setattr(tools, "find_spec", lambda name: None)              # as where the package is not installed
+    rows = {t.name: why for t, why in preflight(Web())}
+    assert "pip install -r requirements-gaia.txt" in rows["visit"] and not rows["web_search"] and not rows["download"]
+    assert [t.name for t in load_tools("web")] == ["web_search", "download"]
+
+
+def test_cache_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_web("live").cache.mode == "live" and open_web("record:a.db").cache.mode == "record" and Path("a.db").exists()
+    assert open_web("replay:a.db").cache.mode == "replay"
+    for bad in ("off", "replay:none.db", "replay"):
+        with pytest.raises(UserError):
+            open_web(bad)
