@@ -232,11 +232,11 @@ def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_
     weights = linear * (0.5 + 1 / 64 + 4 / (64 * 256) if nf4 else 2) + 2 * embeddings
     adapter = blocks * lora_r * sum(a + b for a, b in linear_shapes(config))
     cache = slots * context * blocks * 2 * config.num_key_value_heads * head_size(config) * 2
-    one_matrix = 2 * h * i                                      # dequantised for its product
+    one_matrix = 2 * h * i if nf4 else 0                        # dequantised for its product
     sampling = (1024 + slots) * 12 * i + slots * v * 24 + one_matrix            # a chunk of prompt, fp64 sums of p
     kept = token_budget * blocks * 2 * h                        # the input of every block
     block = token_budget * (32 * h + 18 * i) + one_matrix       # one block computed again, and its gradients
-    head = 2**26 * 8 + token_budget * 8 * h                     # two chunks of logits; states and their gradients
+    head = min(2**26, token_budget * v) * 8 + token_budget * 8 * h      # two chunks of logits; hidden states twice
     parts = {"weights": (weights, weights), "adapter, gradients, 8-bit optimiser": (adapter * 6, adapter * 10),
              "runtime: CUDA context, fragmentation": (1.3 * GIB, 1.3 * GIB), "cache of keys and values": (cache, 0),
              "activations": (sampling, kept + max(block, head))}
@@ -273,7 +273,7 @@ def fit(model: str, room: float, quantize: str, preset: Preset | None) -> Plan |
             return None
         context //= 2
     slots = max(n for n in range(1, preset.groups * preset.group_size + 1) if fits(n, context, context))
-    tokens = max(n for n in range(context, 4 * context, 1024) if fits(slots, n, context))
+    tokens = max(n for n in range(context, max(16384, context) + 1, 1024) if fits(slots, n, context))
     return Plan(slots, tokens, context, memory(config, nf4, slots, tokens, context))
 
 

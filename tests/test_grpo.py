@@ -4,16 +4,14 @@ Traps of DESIGN.md section 4 that are guarded here: 1, 5, 6, 7, 8 (with test_pol
 """
 import copy
 import math
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import grpo
 from grpo import GRPOConfig, group_advantages, grpo_loss, normalisers, token_logps, update, warnings_for
+from meter import LiveBytes
 from policy import load_policy
 from reward import Reward
 from rollout import Trajectory
@@ -223,29 +221,6 @@ def test_padding_is_invisible(folders):
         found, _ = token_logps(policy.model, ids, mask)
         torch.testing.assert_close(found[1:, :12], expected, rtol=1e-5, atol=1e-5)
         assert (found[1, 12:] == 0).all()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak of the bytes in tensors that an operation made and that are alive, `known` ones apart."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.storages = [t.untyped_storage() for t in known]
-        self.sizes = {s._cdata: 0 for s in self.storages}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.sizes:
-                self.sizes[key] = tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self.free, key)
-                self.now += self.sizes[key]
-                self.peak = max(self.peak, self.now)
-        return out
-
-    def free(self, key):
-        self.now -= self.sizes.pop(key)
 
 
 def test_no_more_than_a_chunk_of_logits_is_ever_alive(tmp_path):  # trap 7, forward and backward together
