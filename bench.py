@@ -1,7 +1,7 @@
 """Benchmarks: `python bench.py {rollout,executor,update} [--quick] [--json FILE]`.
 
-One section a room, each with a function `bench_<room>(args) -> dict`: it prints a table and returns the figures for
---json.  To compare, run what is compared in one process, alternately: machines are noisy.  No room imports this file.
+One section a room, each with a function `bench_<room>(args) -> dict`: it prints its figures and returns them for
+--json. What is compared runs in one process: machines differ, and are noisy. No room imports this file.
 Reading order: any section; `main` ties them together.
 """
 import argparse
@@ -10,26 +10,223 @@ import os
 import platform
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import bitsandbytes as bnb
+import numpy as np
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive way lives there
+
+import rollout
+from oracle import oracle
+from policy import head_size
 from tools import UserError
 
-# ---------------------------------------------------------------------------------------------------- the rollout
+# ------------------------------------------------------------------------------------------------ the rollout
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Scripted trajectories: the tokens are the model's, the lengths of turns and observations are drawn."""
+    groups: int
+    turns: int
+    sampled: tuple[int, int]    # tokens a turn, log-uniform: heavy variance
+    observed: tuple[int, int]   # tokens an observation, log-uniform
+    prompt: int                 # tokens, shared by a group of 8
+    context: int
+
+
+WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048),
+             ("w", True): Workload(2, 3, (10, 40), (20, 60), 200, 512),
+             ("w2", False): Workload(2, 6, (50, 400), (100, 2000), 1500, 8192),
+             ("w2", True): Workload(1, 3, (20, 100), (50, 500), 400, 2048)}
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size", "vocab_size", "tie_word_embeddings")
+SHAPES = {"small": (256, 4, 4, 2, 1024, 8192, True), "Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
+          "Qwen2.5-3B": (2048, 36, 16, 2, 11008, 151936, True),
+          "Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False)}
+
+
+class Scripted:
+    """Stands in for rollout.Episode, in the engine and in the oracle: each turn ends at a drawn length."""
+
+    def __init__(self, group: int, sample: int, prompt: list[int], work: Workload, rng, vocabulary, latency):
+        self.group, self.prompt, self.seed, self.turn = group, prompt, [group, sample], 0
+
+        def draw(low, high):
+            return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
+        self.lengths = [draw(*work.sampled) for _ in range(work.turns)]
+        self.observations = [rng.integers(vocabulary, size=draw(*work.observed)).tolist()
+                             for _ in self.lengths[1:]] + [[]]
+        self.latencies = rng.uniform(*latency, size=work.turns)                         # seconds
+
+    @property
+    def turn_tokens(self) -> int:
+        return self.lengths[self.turn]
+
+    def uniforms(self, n: int) -> np.ndarray:
+        return np.random.default_rng(self.seed).random(n)
+
+    def ended(self, turn: list[int]) -> bool:
+        return len(turn) == self.turn_tokens
+
+    def close_turn(self, turn: list[int], cut: str) -> None:
+        self.turn += 1
+
+    def act(self) -> None:
+        time.sleep(self.latencies[self.turn - 1])
+
+    def observe(self, result, room: int) -> list[int]:
+        """The next observation; none after the last turn, and none if the context is too short for it."""
+        observation = self.observations[self.turn - 1]
+        return observation if len(observation) < room else []
+
+    def close(self) -> None:
+        """No session to close."""
+
+
+def scripted(work: Workload, vocabulary: int, latency=(0.0, 0.0)) -> list[Scripted]:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(vocabulary, size=work.prompt).tolist() for _ in range(work.groups)]
+    return [Scripted(g, i, prompt, work, rng, vocabulary, latency)
+            for g, prompt in enumerate(prompts) for i in range(8)]
+
+
+def random_model(name: str, device: str):
+    """That shape with random weights: "small" in fp32, the others as they train: NF4 + LoRA, bf16 on a GPU."""
+    config = Qwen2Config(**dict(zip(SHAPE, SHAPES[name])), max_position_embeddings=32768)
+    dtype = torch.float32 if name == "small" or device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    if name == "small":
+        return model
+    for parent in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
+        for key, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                setattr(parent, key, in_nf4(linear, dtype))
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model.requires_grad_(False), lora).eval()
+
+
+def in_nf4(linear: torch.nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+    new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                            compute_dtype=dtype, quant_type="nf4", device=linear.weight.device)
+    new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
+                                   compress_statistics=True, module=new).to(linear.weight.device)
+    new.bias = linear.bias
+    return new
+
+
+def run_engine(model, work: Workload, slots: int, latency=(0.0, 0.0)) -> dict:
+    """One pass over the workload with the engine: its figures, and the trajectories under "out"."""
+    episodes, vocabulary = scripted(work, model.config.vocab_size, latency), model.config.vocab_size
+    with rollout.sampling_mode(model, deterministic=False):
+        engine = rollout.Engine(model, slots, work.context, 1.0, np.zeros(vocabulary, dtype=bool))
+        start = Stopwatch(model)
+        out = list(engine.run(episodes))
+        figures = start.figures(engine.sampled)
+    # every token once, prompts once a group, and the last token of all never
+    minimum = sum(len(ids) - 1 - work.prompt for _, ids, *_ in out) + work.groups * work.prompt
+    return figures | {"slots": slots, "steps": engine.steps, "idle_share": engine.idle / figures["wall_s"],
+                      "forwarded_over_minimum": engine.forwarded / minimum, "out": out}
+
+
+def run_oracle(model, work: Workload, batch: int) -> dict:
+    episodes, vocabulary = scripted(work, model.config.vocab_size), model.config.vocab_size
+    start = Stopwatch(model)
+    out = list(oracle(model, episodes, work.context, 1.0, np.zeros(vocabulary, dtype=bool), batch))
+    return start.figures(sum(sum(mask) for _, _, mask in out)) | {"batch": batch}
+
+
+class Stopwatch:
+    """Wall seconds on a GPU; on the CPU, with one thread, processor seconds: other programs do not count."""
+
+    def __init__(self, model):
+        self.gpu = model.device.type == "cuda"
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def figures(self, sampled: int) -> dict:
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        seconds = wall if self.gpu else cpu
+        peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.gpu else {}
+        return peak | {"seconds": seconds, "wall_s": wall, "sampled": sampled, "tokens_per_s": sampled / seconds}
+
+
+@torch.no_grad()
+def largest_logp_difference(model, out: list) -> float:
+    """max |log-prob while sampling - plain full forward| over the sampled tokens of every 8th trajectory."""
+    worst = 0.0
+    for _, ids, mask, logps, _ in out[::8]:
+        tokens = torch.tensor([ids], device=model.device)                               # (1, T)
+        full = torch.log_softmax(model(tokens).logits[0, :-1].float(), dim=-1)          # (T - 1, V)
+        full = full.gather(-1, tokens[0, 1:, None])[:, 0].cpu()                         # (T - 1,)
+        worst = max(worst, ((full - torch.tensor(logps[1:])).abs() * torch.tensor(mask[1:])).max().item())
+    return worst
+
+
+def roofline_share(model, run: dict, work: Workload) -> float:
+    """Seconds to read the weights once a step and the context once a token, over the seconds used."""
+    big = torch.empty(2**30, dtype=torch.uint8, device=model.device)
+    copy = big.clone()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        copy.copy_(big)
+    torch.cuda.synchronize()
+    bandwidth = 10 * 2 * 2**30 / (time.perf_counter() - start)      # bytes/s, read and write
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    config = model.config
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 2     # bf16
+    context = sum(i for _, _, mask, *_ in run["out"] for i, m in enumerate(mask) if m)
+    return (run["steps"] * weights + context * a_token) / bandwidth / run["seconds"]
 
 
 def bench_rollout(args) -> dict:
-    raise UserError("bench rollout is being written")
+    """The same scripted workload with the engine and with `generate` per turn, in one process."""
+    torch.set_num_threads(1)
+    gpu = torch.cuda.is_available()
+    if gpu and args.vram:
+        share = args.vram * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    work = WORKLOADS[args.workload, args.quick]
+    model = random_model(args.model_config, "cuda" if gpu else "cpu")
+    print(f"workload {args.workload}: {work}\nmodel {args.model_config}, {model.device}, one thread")
+    slots = (4, 8) if args.quick else (1, 16, 64, 128) if gpu else (32, 64)
+    run_engine(model, WORKLOADS["w", True], 4)          # warm up
+    runs = [run_engine(model, work, n) for n in slots]
+    naive = run_oracle(model, work, 8)
+    late = run_engine(model, work, slots[-1], latency=(0.1, 1.0))
+    for run in runs:
+        run["speedup"] = run["tokens_per_s"] / naive["tokens_per_s"]
+        if gpu:
+            run["roofline_share"] = roofline_share(model, run, work)
+    figures = {f"speedup_{run['slots']}": run["speedup"] for run in runs} | {
+        "forwarded_over_minimum": max(run["forwarded_over_minimum"] for run in runs),
+        "max_logp_diff": max(largest_logp_difference(model, run["out"]) for run in runs),
+        "idle_share_with_latency": late["idle_share"]}
+    figures["engine"] = [{k: v for k, v in run.items() if k != "out"} for run in runs + [late]]
+    figures["oracle"] = naive
+    for run in [naive, *figures["engine"]]:
+        print("  ".join(f"{k} {v:.4g}" for k, v in run.items()))
+    print("  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)))
+    return figures
 
 
-# --------------------------------------------------------------------------------------------------- the executor
+# ----------------------------------------------------------------------------------------------- the executor
 
 
-# ----------------------------------------------------------------------------------------------------- the update
+# ------------------------------------------------------------------------------------------------- the update
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def machine() -> dict:
@@ -45,8 +242,11 @@ def main() -> int:
     rooms = parser.add_subparsers(dest="room", required=True)
     section = rooms.add_parser("rollout", help="the engine against generate per turn", allow_abbrev=False)
     section.set_defaults(bench=bench_rollout)
+    section.add_argument("--workload", choices=("w", "w2"), default="w", help="w2: longer, closer to GAIA")
+    section.add_argument("--model-config", choices=SHAPES, default="small", help="its shape")
+    section.add_argument("--vram", type=float, metavar="GB", help="cap the GPU's memory")
     for section in rooms.choices.values():
-        section.add_argument("--quick", action="store_true", help="a small scale, for CI: seconds instead of minutes")
+        section.add_argument("--quick", action="store_true", help="a small scale, for CI")
         section.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     try:
