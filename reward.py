@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fractions import Fraction
 
-import torch
-
 from tools import UserError
 from web import Cache, WebError, chat
 
@@ -398,21 +396,19 @@ class Judge:
             return reference_reply(self.policy, messages)
 
 
-@torch.inference_mode()
 def reference_reply(policy, messages: list[dict], tokens: int = 32) -> str:
     """The base model's greedy reply: the same network with its adapter off, so it needs no memory of its own."""
     tokenizer, model = policy.tokenizer, policy.model
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = ids["input_ids"].to(policy.device)[:, -4096:]    # (1, T)
-    training = model.training
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs, training = inputs.to(policy.device), model.training    # (1, T)
     model.eval()
     try:
         with policy.reference():
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-                                 do_sample=False, pad_token_id=tokenizer.eos_token_id)    # (1, T + new)
+            out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False,
+                                 pad_token_id=tokenizer.eos_token_id)    # (1, T + new)
     finally:
         model.train(training)
-    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
 # ------------------------------------------------------------------------------------------------ the reward

@@ -1,0 +1,218 @@
+"""From published agent data to a train.jsonl, and what it shares with the benchmark.
+
+    python data.py mat_train.json --files mat_files/ --gaia-dir GAIA --remove-overlap --out train.jsonl
+    python data.py train.jsonl --gaia-dir GAIA --out clean.jsonl --remove-overlap       # any training data of ours
+
+Owns `read_mat` (question-answer pairs out of MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap` (against
+GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `main`.
+
+MAT holds tasks with the trajectory of a GPT-4o agent that solved them; Tool-R1 takes only questions and answers, about
+1,300 of them. How the paper chose its 1,300 is not known to us: the filters here are ours, and each counts what it drops.
+Know before you publish a GAIA figure: the generator of MAT was prompted with questions of GAIA's validation set.
+"""
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+from reward import clean
+from tasks import Task, read_gaia, read_jsonl
+from tools import UserError
+from web import ngrams
+
+VOLATILE = re.compile(r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|"
+                      r"right now|real[- ]time|this (?:year|month|week|season)|(?:last|next) (?:year|month|week)|"
+                      r"weather|stock price|exchange rate)\b", re.IGNORECASE)
+ATTACHED = re.compile(r"^(?:attachments?|attached files?|files?|images?)\s*:\s*(.+)$", re.IGNORECASE | re.MULTILINE)
+LONGEST_ANSWER = 60                              # characters: what a rule or a short look can check
+
+
+# ------------------------------------------------------------------------------------------------ MAT
+class Dropped(Exception):
+    """A record that gives no training pair; its text is the reason that is counted."""
+
+
+def turns_of(record: dict) -> list[tuple[str, str]]:
+    """(role, text) of a record's conversation, in either of the two common spellings."""
+    turns = record.get("conversations") or record.get("messages") or []
+    return [(str(t.get("role") or t.get("from")), str(t.get("content") or t.get("value") or "")) for t in turns]
+
+
+def answer_of(record: dict, turns: list[tuple[str, str]]) -> str:
+    """The record's answer: a field of its own, else the constant in the last final_answer(...) of the agent's code."""
+    for key in ("answer", "final_answer", "Final answer"):
+        if isinstance(record.get(key), (str, int, float)) and not isinstance(record[key], bool):
+            return str(record[key]).strip()
+    calls = re.findall(r"final_answer\((.*)\)", "\n".join(text for role, text in turns if role in ("assistant", "gpt")))
+    if not calls:
+        raise Dropped("no answer")
+    try:
+        value = ast.literal_eval(re.sub(r"^\s*answer\s*=", "", calls[-1]).strip())
+    except (ValueError, SyntaxError) as error:
+        raise Dropped("answer is not a constant") from error
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip()
+
+
+def files_of(record: dict, question: str, folder: Path) -> dict[str, Path]:
+    """name -> file, for the record's images and the files that its question attaches. Dropped if one is not there."""
+    listed = record.get("files") or record.get("image") or []
+    names = [listed] if isinstance(listed, str) else list(listed.values() if isinstance(listed, dict) else listed)
+    for line in ATTACHED.findall(question):
+        names += [part.strip() for part in re.split("[,;]", line) if part.strip()]
+    files = {}
+    for name in dict.fromkeys(names):
+        found = [p for p in (folder / name, folder / Path(name).name) if p.is_file()]
+        if not found:
+            raise Dropped("file missing")
+        if files.setdefault(found[0].name, found[0]) != found[0]:
+            raise Dropped("two files of one name")
+    return files
+
+
+def pair_of(record: dict, folder: Path) -> Task:
+    """The training task in one record. Raises Dropped with the reason if there is none."""
+    turns = turns_of(record)
+    asked = record.get("question") or next((text for role, text in turns if role in ("user", "human")), "")
+    asked = re.sub(r"<image[\w ]*>(?:</image>)?", "", asked)
+    question = ATTACHED.sub("", re.split(r"\bTask:\s*", asked)[-1]).strip()
+    if not 15 <= len(question) <= 2000:
+        raise Dropped("no question")
+    answer = answer_of(record, turns)
+    if not answer or len(answer) > LONGEST_ANSWER or "\n" in answer:
+        raise Dropped("answer not short")
+    if VOLATILE.search(question):
+        raise Dropped("time-volatile")
+    observed = clean(" ".join(text for role, text in turns[1:] if role not in ("assistant", "gpt", "system")))
+    if turns and clean(answer) not in observed:
+        raise Dropped("answer not verified")    # it stands in nothing that the agent saw: perhaps made up
+    files = files_of(record, asked, folder)
+    return Task(str(record.get("id") or record.get("task_id") or ""), question, answer, files, "1", "mat")
+
+
+def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
+    """(tasks, dropped by reason) of a MAT / MM-Traj file: a JSON list, or one record a line. Duplicates are dropped."""
+    text = file.read_text("utf-8")
+    try:
+        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(r) for r in text.splitlines() if r.strip()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: {error.msg}") from error
+    tasks, dropped, seen = [], Counter(), set()
+    for number, record in enumerate(records):
+        try:
+            if not isinstance(record, dict):
+                raise Dropped("no record")
+            task = pair_of(record, folder)
+            if (key := tuple(re.findall(r"\w+", clean(task.question)))) in seen:
+                raise Dropped("duplicate")
+            seen.add(key)
+            tasks.append(Task(task.id or f"mat-{number}", task.question, task.answer, task.files, task.level, task.family))
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+    ids = Counter(t.id for t in tasks)
+    return [t if ids[t.id] == 1 else Task(f"{t.id}-{i}", t.question, t.answer, t.files, t.level, t.family)
+            for i, t in enumerate(tasks)], dropped
+
+
+# ------------------------------------------------------------------------------------------------ overlap with GAIA
+def entities(text: str) -> set[str]:
+    """Names and numbers: capitalised words that do not begin a sentence, and everything with a digit."""
+    names = re.findall(r"(?<![.?!:] )(?<!^)\b[A-Z][\w'-]+", text)
+    return {w.lower() for w in names} | set(re.findall(r"\b\w*\d\w*\b", text.lower()))
+
+
+def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
+    """task id -> why it may give the exam away: a shared 8-gram, or (nearly) the same names with or without the answer."""
+    exam_grams = {gram: e.id for e in exam for gram in ngrams(e.question)}
+    known = [(e.id, entities(e.question), clean(e.answer)) for e in exam]
+    flagged: dict[str, list[str]] = {}
+    for task in tasks:
+        reasons = {f"8-gram of {exam_grams[g]}" for g in ngrams(task.question) if g in exam_grams}
+        mine, answer = entities(task.question), clean(task.answer)
+        for exam_id, theirs, exam_answer in known:
+            shared = mine & theirs
+            if len(shared) >= 3 and len(shared) >= 0.5 * len(mine | theirs):
+                reasons.add(f"entities of {exam_id}")
+            telling = len(answer) > 3 and answer not in ("true", "false", "none")
+            if telling and answer == exam_answer and shared:
+                reasons.add(f"answer and an entity of {exam_id}")
+        if reasons:
+            flagged[task.id] = sorted(reasons)
+    return flagged
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def line_of(task: Task, folder: Path) -> str:
+    files = [os.path.relpath(file, folder) for file in task.files.values()]
+    return json.dumps({"id": task.id, "question": task.question, "answer": task.answer, "files": files, "level": task.level,
+                       "family": task.family}, ensure_ascii=False) + "\n"
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a file is in the format of train.jsonl already."""
+    first = next((r for r in file.read_text("utf-8").splitlines() if r.strip()), "")
+    try:
+        return file.suffix == ".jsonl" and {"id", "question", "answer"} <= set(json.loads(first))
+    except (json.JSONDecodeError, TypeError):
+        return False
+
+
+def run(args) -> None:
+    """Read, choose, check, write; print what was dropped and why."""
+    if not args.data.is_file():
+        raise UserError(f"{args.data}: no such file")
+    if args.out.exists():
+        raise UserError(f"--out {args.out} exists already, and nothing is overwritten")
+    tasks, dropped = (read_jsonl(args.data), Counter()) if is_ours(args.data) else read_mat(args.data, args.files or args.data.parent)
+    total = len(tasks) + dropped.total()
+    flagged = overlap(tasks, read_gaia(args.gaia_dir)) if args.gaia_dir else {}
+    if args.remove_overlap:
+        if not args.gaia_dir:
+            raise UserError("--remove-overlap needs --gaia-dir")
+        dropped["overlap with GAIA"] = len(flagged)
+        tasks = [t for t in tasks if t.id not in flagged]
+    if len(tasks) > args.n > 0:
+        dropped["beyond --n"] = len(tasks) - args.n
+        tasks = random.Random(args.seed).sample(tasks, args.n)
+    if not tasks:
+        raise UserError(f"{args.data}: nothing is left of {total} records: {dict(dropped)}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("".join(line_of(t, args.out.resolve().parent) for t in tasks), "utf-8")
+    report = {"source": str(args.data), "seed": args.seed, "read": total, "kept": len(tasks), "dropped": dropped,
+              "flagged": flagged, "ids": [t.id for t in tasks]}
+    Path(f"{args.out}.report.json").write_text(json.dumps(report, indent=1))
+    print(f"{total} records read, {len(tasks)} kept -> {args.out}")
+    for reason, count in dropped.most_common():
+        print(f"  dropped {count:6d}  {reason}")
+    checked = f"{len(flagged)} share something with GAIA" if args.gaia_dir else "not checked against GAIA (--gaia-dir)"
+    print(f"  {checked}{', removed' if args.remove_overlap else ''}; ids and reasons in {args.out}.report.json")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python data.py --help lists the flags)")
+
+
+def main(argv=None) -> int:
+    p = OneLineParser(prog="data.py", allow_abbrev=False, description="Published agent data -> train.jsonl")
+    p.add_argument("data", type=Path, help="a MAT / MM-Traj JSON file, or a train.jsonl to be checked")
+    p.add_argument("--files", type=Path, help="folder of MAT's images and files; default: beside the JSON")
+    p.add_argument("--out", type=Path, default=Path("train.jsonl"))
+    p.add_argument("--n", type=int, default=1300, help="at most so many pairs, drawn by --seed; 0: all")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--gaia-dir", help="check against this copy of GAIA's validation split")
+    p.add_argument("--remove-overlap", action="store_true", help="leave out what the check flags")
+    try:
+        run(p.parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
