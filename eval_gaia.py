@@ -362,9 +362,9 @@ def prepare(args) -> tuple[Evaluation, dict]:
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
     sampling = Sampling(**{**known, "temperature": temperature})
     web, log = open_web(args.cache), []
-    offline = args.gaia_dir is None
+    small = args.gaia_dir is None or policy.preset.prompt == "short"    # the built-in model knows no other tools
     own = load_tools(args.tools or run.get("tools"), web)
-    tools = [replace(t, log=log) for t in (BUILTIN_TOOLS if offline else load_tools("web", web)) + own]
+    tools = [replace(t, log=log) for t in (BUILTIN_TOOLS if small else load_tools("web", web)) + own]
     settings = {"model": policy.name, "adapter": file_hash(args.ckpt), "sampling": asdict(sampling), "seed": args.seed,
                 "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
                 "data": args.gaia_dir or "offline", "split": args.split, "judge": [args.judge, args.judge_model],

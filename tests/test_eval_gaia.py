@@ -1,0 +1,270 @@
+"""eval_gaia.py: the figures by hand, and whole runs with the built-in model: killed, resumed, compared, refused."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import eval_gaia
+from eval_gaia import (category_of, chunks, compare, main, mcnemar, paired_bootstrap, pass_at_k, read_records, summary, vote,
+                       wilson)
+from rollout import Step, Trajectory
+from tasks import Task, builtin_tasks, export_gaia, read_gaia
+from tools import Call, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+@pytest.mark.parametrize("right, n, low, high", [    # Wilson 1927, as in Brown, Cai and DasGupta 2001 and R's prop.test
+    (8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0, 0, 0.0, 1.0)])
+def test_wilson(right, n, low, high):
+    assert wilson(right, n) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_wilson_ends_are_where_the_score_test_turns():
+    for right, n in [(32, 165), (17, 165), (1, 53), (3, 7)]:
+        for p in wilson(right, n):
+            assert (right / n - p) ** 2 == pytest.approx(1.96 ** 2 * p * (1 - p) / n)
+
+
+def test_pass_at_k_is_unbiased():
+    assert pass_at_k(10, 3, 1) == pytest.approx(0.3) and pass_at_k(10, 3, 5) == pytest.approx(1 - 21 / 252)
+    assert pass_at_k(4, 0, 4) == 0 and pass_at_k(4, 1, 4) == 1 and pass_at_k(4, 4, 1) == 1
+    from itertools import combinations
+    samples = [1, 0, 0, 1, 0, 0]
+    groups = list(combinations(samples, 3))
+    assert pass_at_k(6, 2, 3) == pytest.approx(sum(any(g) for g in groups) / len(groups))
+
+
+def test_mcnemar_exact():
+    assert mcnemar(9, 1) == pytest.approx(2 * (1 + 10) / 1024) and mcnemar(1, 9) == mcnemar(9, 1)
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0 and mcnemar(5, 0) == pytest.approx(2 / 32)
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    assert paired_bootstrap([0.5] * 20, rounds=200) == (0.5, 0.5)
+    differences = [1.0] * 30 + [0.0] * 120 + [-1.0] * 15                   # 165 questions, 30 gained, 15 lost
+    mean = 15 / 165
+    half = 1.96 * ((45 / 165 - mean ** 2) / 165) ** 0.5
+    low, high = paired_bootstrap(differences, rounds=4000)
+    assert low == pytest.approx(mean - half, abs=0.01) and high == pytest.approx(mean + half, abs=0.01)
+    assert paired_bootstrap(differences, rounds=300) == paired_bootstrap(differences, rounds=300)
+
+
+# ------------------------------------------------------------------------------------------------ records by hand
+def rec(task, sample=0, official=False, answer="x", level="1", attachment="none", **more):
+    return {"task_id": task, "sample": sample, "official": official, "answer": answer, "level": level, "attachment": attachment,
+            "heuristic": "right" if official else "wrong", "llm": None, "category": "right" if official else "wrong", "steps": 2,
+            "tokens": 10, "seconds": 1.0, "tool_calls": 1, "cache_hits": 0, **more}
+
+
+def test_summary_by_hand():
+    records = [rec("a", official=True), rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
+               rec("c", official=True, level="2", attachment=".pdf"), rec("d", level="3", heuristic="unsure", llm=True)]
+    s = summary(records, 1)
+    assert (s["accuracy"], s["n"], s["missing"], s["unsure"], s["llm_asked"], s["llm_right"]) == (0.5, 4, 1, 1, 1, 1)
+    assert {k: (v["accuracy"], v["n"]) for k, v in s["levels"].items()} == {"1": (1.0, 1), "2": (0.5, 2), "3": (0.0, 1)}
+    assert {k: v["n"] for k, v in s["attachments"].items()} == {".csv": 1, ".pdf": 1, "none": 2}
+    assert s["text_only"]["accuracy"] == 0.5 and s["text_only"]["n"] == 2 and "pass_at_k" not in s
+    assert s["categories"] == {"right": 2, "step_limit": 1, "wrong": 1} and s["heuristic"]["accuracy"] == 0.5
+
+
+def test_samples_are_means_over_questions_and_never_mixed_up():
+    records = [rec("a", 0, True, "Paris"), rec("a", 1, True, "paris"), rec("a", 2, False, "Rome"), rec("a", 3, False, None),
+               rec("b", 0, False, "1"), rec("b", 1, False, "1"), rec("b", 2, True, "2"), rec("b", 3, False, "3")]
+    s = summary(records, 4)
+    assert s["accuracy"] == pytest.approx((0.5 + 0.25) / 2) and s["n"] == 2                    # mean pass@1
+    assert s["pass_at_k"] == {1: pytest.approx(0.375), 2: pytest.approx(((1 - 1 / 6) + 0.5) / 2), 4: 1.0}
+    assert s["maj_at_k"] == {4: 0.5} and vote(records[:4]) and not vote(records[4:]) and not vote([rec("c", answer=None)])
+
+
+def trajectory(stop="answer", answer=None, steps=((None, "", ""),)):
+    made = [Step("text", code, seen, status, 0.1) for code, seen, status in steps]
+    return Trajectory("t", 0, 0, [1], [1], [0.0], 0, made, answer, stop, 0.1)
+
+
+def calls(*outcomes, same=False):
+    return [Call("q", "visit", "{}" if same else str(i), o, 0, 0.1) for i, o in enumerate(outcomes)]
+
+
+OK, BAD, SYNTAX = ("x", "1", "ok"), ("x", "KeyError: 'a'", "error"), ("x", "SyntaxError: invalid", "error")
+WAYS = {
+    "right": (trajectory(answer="17", steps=[OK]), [], True, True), "wrong": (trajectory(answer="18", steps=[OK]), [], False, False),
+    "format_only": (trajectory(answer="17 km", steps=[OK]), [], False, True), "infrastructure": (trajectory("error"), [], False, False),
+    "no_code": (trajectory("turn_limit"), [], False, False), "syntax": (trajectory("turn_limit", steps=[OK, SYNTAX]), [], False, False),
+    "runtime": (trajectory("turn_limit", steps=[OK, BAD]), [], False, False),
+    "tool_unavailable": (trajectory("turn_limit", steps=[("x", "NameError: name 'ask_image' is not defined", "error")]), [], False, False),
+    "blocked": (trajectory("turn_limit", steps=[OK]), calls("ok", "blocked"), False, False),
+    "cache_miss": (trajectory("turn_limit", steps=[OK]), calls("cache_miss"), False, False),
+    "repeated_call": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok", same=True), False, False),
+    "step_limit": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok"), False, False),
+    "context_limit": (trajectory("context_limit", steps=[OK]), [], False, False),
+    "timeout": (trajectory("turn_limit", steps=[("x", "", "timeout")]), [], False, False)}
+
+
+@pytest.mark.parametrize("category", WAYS)
+def test_what_became_of_a_trajectory(category):
+    assert category_of(Task("t", "q", "17"), *WAYS[category]) == category
+
+
+def test_chunks_never_hold_a_question_twice():
+    tasks = [Task(str(i), f"question {i % 4}", "") for i in range(8)]
+    made = list(chunks([(s, t) for s in (0, 1) for t in tasks], 3))
+    assert sorted((s, t.id) for s, part in made for t in part) == sorted((s, t.id) for s in (0, 1) for t in tasks)
+    assert all(len({t.question for t in part}) == len(part) <= 3 for _, part in made)
+
+
+def test_compare_by_hand(tmp_path):
+    for name, right in (("base", "ab"), ("trained", "bcd")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trajectories.jsonl").write_text(
+            "".join(json.dumps(rec(t, official=t in right)) + "\n" for t in "abcdef"))
+    c = compare(tmp_path / "base", tmp_path / "trained" / "trajectories.jsonl")
+    assert (c["n"], c["gained"], c["lost"], c["mcnemar_p"]) == (6, ["c", "d"], ["a"], 1.0)
+    assert c["difference"] == pytest.approx(1 / 6) and c["bootstrap95"][0] < 1 / 6 < c["bootstrap95"][1]
+    (tmp_path / "trained" / "trajectories.jsonl").write_text(json.dumps(rec("z")) + "\n")
+    with pytest.raises(UserError, match="6 only in .*base, 1 only in"):
+        compare(tmp_path / "base", tmp_path / "trained")
+
+
+def test_a_line_cut_by_a_kill_is_no_record(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": 2, "tr')
+    assert read_records(file) == [{"a": 1}] and read_records(tmp_path / "none") == []
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def gaia(folder, n=12):
+    """A folder in GAIA's layout with real attachments, of held-out built-in tasks."""
+    tasks = builtin_tasks("heldout", n, 5)
+    assert any(t.files for t in tasks)
+    export_gaia(tasks, folder)
+    return read_gaia(folder)
+
+
+def test_killed_in_the_middle_and_resumed(here):
+    """kill -9 once something is on file: the same command does the rest, and nothing twice."""
+    tasks = gaia(here / "GAIA", 90)
+    command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev", "--export"]
+    file, run = here / "ev" / "trajectories.jsonl", subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 200
+    while not (file.exists() and file.stat().st_size) and run.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert run.poll() is None, run.stderr.read()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    before = read_records(file)
+    assert 0 < len(before) < 90 and not (here / "ev" / "results.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed ev: {len(before)} of 90 are done" in done.stdout and "sandbox" in done.stdout
+    after, result = read_records(file), json.loads((here / "ev" / "results.json").read_text())
+    assert after[:len(before)] == before and Counter(r["task_id"] for r in after) == {t.id: 1 for t in tasks}
+    assert result["n"] == 90 and result["accuracy"] == sum(r["official"] for r in after) / 90
+    assert {k: v["n"] for k, v in result["levels"].items()} == Counter(t.level for t in tasks)
+    assert result["accuracy"] > 0.05 and any(r["official"] for r in after if r["attachment"] == ".csv")    # it can read files
+    assert "this is not the whole validation split" in done.stdout
+    lines = [json.loads(x) for x in (here / "ev" / "submission.jsonl").read_text().splitlines()]
+    assert len(lines) == 90 and set(lines[0]) == {"task_id", "model_answer", "reasoning_trace"}
+    saved = next(r for r in after if r["tool_calls"])["trajectory"]
+    assert len(saved["ids"]) == len(saved["mask"]) and saved["steps"][0]["code"]
+
+
+def test_offline_set_and_settings_moved_aside(here, capsys):
+    assert main(["--limit", "6", "--samples", "2", "--out", "ev"]) == 0
+    out = capsys.readouterr().out
+    assert "NOT GAIA" in out and "pass@2" in out and "maj@2" in out and "Wilson" in out
+    first = (here / "ev" / "trajectories.jsonl").read_text()
+    assert Counter(r["sample"] for r in read_records(here / "ev" / "trajectories.jsonl")) == {0: 6, 1: 6}
+    assert main(["--limit", "6", "--samples", "2", "--out", "ev"]) == 0
+    assert "12 of 12 are done" in capsys.readouterr().out and (here / "ev" / "trajectories.jsonl").read_text() == first
+    assert main(["--limit", "6", "--seed", "1", "--out", "ev"]) == 0
+    assert "moved to ev.1" in capsys.readouterr().out and (here / "ev.1" / "trajectories.jsonl").read_text() == first
+    assert main(["--compare", "ev.1", "ev"]) == 0 and '"mcnemar_p"' in capsys.readouterr().out
+
+
+def test_a_checkpoint_brings_its_settings(here, capsys):
+    import torch
+    from policy import load_policy, save_adapter
+    policy = load_policy("tiny", seed=1)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)                                 # an adapter that certainly changes answers
+    save_adapter(policy, here / "out")
+    sampling = {"temperature": 1.0, "max_turns": 2, "turn_tokens": 32, "context_tokens": 256, "observation_tokens": 16}
+    (here / "mine.py").write_text("from tools import tool\n@tool\ndef extra(x: str) -> str:\n    'Do.'\n    return x\n")
+    (here / "out" / "run.json").write_text(json.dumps(
+        {"config": {"model": "tiny", "difficulty": 0}, "model": "tiny", "quantize": "none", "tools": "mine.py", "sampling": sampling}))
+    assert main(["--ckpt", "out", "--limit", "6", "--out", "ev"]) == 0
+    settings = json.loads((here / "ev" / "settings.json").read_text())
+    assert settings["sampling"]["turn_tokens"] == 32 and settings["sampling"]["temperature"] == 0.0 and settings["adapter"]
+    assert "extra" in capsys.readouterr().out
+    records = read_records(here / "ev" / "trajectories.jsonl")
+    assert max(r["steps"] for r in records) <= 2 and max(len(r["trajectory"]["ids"]) for r in records) <= 256
+    assert main(["--limit", "6", "--out", "base"]) == 0
+    assert [r["trajectory"]["ids"] for r in read_records(here / "base" / "trajectories.jsonl")] != [r["trajectory"]["ids"] for r in records]
+    (here / "out" / "run.json").unlink()                                   # an adapter that somebody else sent
+    assert main(["--ckpt", "out", "--limit", "2", "--out", "foreign"]) == 0
+
+
+def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
+    """The host fails twice for one question and always for another: the first is an answer, the second is missing."""
+    real, seen = eval_gaia.rollout, Counter()
+
+    def failing(policy, tasks, *args, **kwargs):
+        groups = real(policy, tasks, *args, **kwargs)
+        for i, task in enumerate(tasks):
+            seen[task.id] += 1
+            if task.id == ids[0] and seen[task.id] <= 2 or task.id == ids[1]:
+                groups[i][0] = replace(groups[i][0], stop_reason="error", answer="17", error="the host")
+        return groups
+    ids = [t.id for t in gaia(here / "GAIA", 4)]
+    monkeypatch.setattr(eval_gaia, "rollout", failing)
+    assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0
+    assert seen == {ids[0]: 3, ids[1]: 3, ids[2]: 1, ids[3]: 1}
+    result = json.loads((here / "ev" / "results.json").read_text())
+    assert {r["task_id"] for r in read_records(here / "ev" / "trajectories.jsonl")} == {ids[0], ids[2], ids[3]}
+    assert result["n"] == 4 and result["categories"]["infrastructure"] == 1 and result["missing"] >= 1
+    monkeypatch.setattr(eval_gaia, "rollout", real)
+    assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0                # the next run does what is missing
+    assert len(read_records(here / "ev" / "trajectories.jsonl")) == 4
+
+
+def test_the_test_split_is_exported_and_never_scored(here, capsys):
+    place = here / "GAIA" / "2023" / "test"
+    place.mkdir(parents=True)
+    (place / "metadata.jsonl").write_text(json.dumps({"task_id": "x", "Question": "What is 1 plus 1?", "Level": 1, "file_name": "",
+                                                      "Final answer": "?"}) + "\n")
+    assert main(["--gaia-dir", "GAIA", "--split", "test", "--out", "ev", "--export"]) == 0
+    assert "nothing is scored" in capsys.readouterr().out and not (here / "ev" / "results.json").exists()
+    assert len((here / "ev" / "submission.jsonl").read_text().splitlines()) == 1
+    assert read_records(here / "ev" / "trajectories.jsonl")[0]["official"] is False
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--bogus"], "unrecognized"), (["--ckpt", "none"], "no such folder"), (["--ckpt", "empty"], "no adapter"),
+    (["--gaia-dir", "none"], "no metadata"), (["--ids", "nobody"], "no question nobody"), (["--limit", "0"], "no question is left"),
+    (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"), (["--tools", "none.py"], "no such file"),
+    (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"), (["--out", "full"], "not empty")])
+def test_bad_input_is_one_line(here, capsys, arguments, complaint):
+    (here / "empty").mkdir()
+    (here / "full").mkdir()
+    (here / "full" / "diary.txt").write_text("mine")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and complaint in error
+    assert (here / "full" / "diary.txt").read_text() == "mine" and os.listdir(here / "empty") == []
