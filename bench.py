@@ -5,6 +5,7 @@ One section a room, each with a function `bench_<room>(args) -> dict`: it prints
 Reading order: any section; `main` ties them together.
 """
 import argparse
+import gc
 import json
 import os
 import platform
@@ -22,9 +23,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive way lives there
 
+import grpo
 import rollout
 from oracle import oracle
-from policy import head_size
+from policy import Policy, Preset, head_size, memory
 from tools import UserError
 
 # ------------------------------------------------------------------------------------------------ the rollout
@@ -226,6 +228,131 @@ def bench_rollout(args) -> dict:
 # ------------------------------------------------------------------------------------------------- the update
 
 
+def peak_memory(device: str, run) -> tuple[float, float, object]:
+    """(GiB at the peak above what was held before, seconds, run()); on the CPU by the kernel, in processor seconds."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, began, result = torch.cuda.memory_allocated(), time.perf_counter(), run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30, time.perf_counter() - began, result
+
+    def resident(line: str) -> float:
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(row.split()[1]) for row in status if row.startswith(line)) / 2**20
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")     # VmHWM, the peak, begins again
+    before, began, result = resident("VmRSS"), time.process_time(), run()
+    return resident("VmHWM") - before, time.process_time() - began, result
+
+
+def random_batch(vocabulary: int, lengths: list[int]) -> list[tuple[rollout.Trajectory, float]]:
+    """Trajectories of random tokens, the first half of each forced, the second sampled."""
+    rng, batch = np.random.default_rng(0), []
+    for i, n in enumerate(lengths):
+        ids, mask = rng.integers(vocabulary, size=n).tolist(), [int(t >= n // 2) for t in range(n)]
+        logps = [-np.log(vocabulary) * m for m in mask]
+        batch.append((rollout.Trajectory("bench", i, 0, ids, mask, logps, n // 2, [], None, "answer", 0.0),
+                      float(rng.normal())))
+    return batch
+
+
+def naive_logps(hidden, head, ids):                                     # (B, T, H), (V, H), (B, T) -> (B, T-1)
+    logits = (hidden @ head.T).float()                                  # (B, T, V)
+    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def naive_update(policy, optimizer, batch, cfg):
+    """The same loss the usual way: one padded batch, all logits, autograd through log_softmax."""
+    micro, = grpo.micro_batches(batch, range(len(batch)), 10**9, policy.device)
+    base = policy.model.get_base_model()
+    logp = naive_logps(base.model(micro.ids).last_hidden_state, base.lm_head.weight, micro.ids)
+    mask, lengths = micro.mask[:, 1:], micro.mask.sum(1, keepdim=True).float()
+    loss, _ = grpo.grpo_loss(logp, logp, micro.behaviour[:, 1:], None, micro.advantage, mask, cfg,
+                             grpo.normalisers(cfg, lengths, lengths.sum().item(), len(batch)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def as_policy(network) -> Policy:
+    return Policy(network, None, network.device, "random weights", Preset())
+
+
+def bench_update(args) -> dict:
+    """Our update and its head against the naive way, at the vocabulary of a 7B model, in one process."""
+    if args.model_config:
+        return bench_real_shape(args)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=152064, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = Qwen2ForCausalLM(config).to(device).requires_grad_(False)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy, cfg = as_policy(get_peft_model(base, lora)), grpo.GRPOConfig(beta=0.0, token_budget=1024)
+    lengths = np.random.default_rng(1).integers(60, 240, size=4 if args.quick else 12).tolist()
+    batch = random_batch(config.vocab_size, lengths)
+    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)             # each run meets the same weights
+    whole, = grpo.micro_batches(batch, range(len(batch)), 10**9, device)
+    hidden = torch.randn(*whole.ids.shape, config.hidden_size, device=device, requires_grad=True)
+    head, mask = base.lm_head.weight, whole.mask[:, 1:]
+    at, sampled = mask.nonzero(as_tuple=True), whole.ids[:, 1:][mask]
+    ways = {
+        "head": lambda: grpo.HeadLogps.apply(hidden[at], head, sampled, 1.0, 2**26 // len(head))[0].sum().backward(),
+        "head, naive": lambda: naive_logps(hidden, head, whole.ids)[mask].sum().backward(),
+        "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss,
+        "update, naive": lambda: naive_update(policy, optimizer, batch, cfg),
+    }
+    found = {name: [] for name in ways}
+    for _ in range(2 if args.quick else 4):                             # in turn; the first round warms up
+        for name, run in ways.items():
+            found[name].append(peak_memory(device.type, run))
+    if abs(found["update"][-1][2] - found["update, naive"][-1][2]) > 1e-4:
+        raise AssertionError("the two updates have different losses")
+    gib = {name: max(m for m, _, _ in runs[1:]) for name, runs in found.items()}
+    seconds = {name: min(s for _, s, _ in runs[1:]) for name, runs in found.items()}
+    print(f"{len(batch)} trajectories, {sum(lengths)} tokens, {len(sampled)} sampled, vocabulary 152064, {device}")
+    for name in ways:
+        print(f"{name:<16}{gib[name]:>7.2f} GiB{seconds[name]:>8.2f} s{sum(lengths) / seconds[name]:>8.0f} tokens/s")
+    figures = {"head_memory_ratio": gib["head, naive"] / gib["head"],
+               "update_memory_ratio": gib["update, naive"] / gib["update"],
+               "time_ratio": seconds["update"] / seconds["update, naive"]}
+    print("  ".join(f"{k} {v:.3g}" for k, v in figures.items()))
+    return figures | {"tokens_per_second": sum(lengths) / seconds["update"], "gib": gib, "seconds": seconds}
+
+
+def bench_real_shape(args) -> dict:
+    """A step of a real model's shape, phase by phase: what it adds to the memory held all along, beside the plan's.
+
+    Held are weights, adapter and optimiser. On the CPU the base computes in fp32, so there it only shows that it runs.
+    """
+    gpu = torch.cuda.is_available()
+    if gpu:     # 1 GiB is for CUDA itself
+        share = (args.vram - 1) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    network, figures, slots = random_model(args.model_config, "cuda" if gpu else "cpu"), {}, 16 if gpu else 8
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    policy, vocabulary = as_policy(network), network.config.vocab_size
+    optimizer = grpo.make_optimizer(policy, 1e-5)
+    grpo.update(policy, optimizer, random_batch(vocabulary, [16]), grpo.GRPOConfig())   # makes the optimiser's states
+    for tokens in (256,) if args.quick else (4096, 8192):
+        plan = memory(network.config, True, slots, tokens, tokens)
+        work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens)
+        batch, cfg = random_batch(vocabulary, [tokens] * 2), grpo.GRPOConfig(token_budget=tokens)
+        gradients = 0.4 * plan["adapter, gradients, 8-bit optimiser"][1]                # 4 of its 10 bytes
+        planned = {"sampling": plan["cache of keys and values"][0] + plan["activations"][0],
+                   "update": plan["activations"][1] + gradients}
+        for phase, run in {"sampling": lambda: run_engine(network, work, slots)["seconds"],
+                           "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss}.items():
+            gib, seconds, _ = peak_memory(network.device.type, run)
+            held = sum(part[phase == "update"] for part in plan.values()) - planned[phase]
+            print(f"{tokens} tokens, {phase}: {seconds:.1f} s, adds {gib:.2f} GiB, planned {planned[phase]:.2f}; "
+                  f"with what is held {held + gib:.2f}, planned {held + planned[phase]:.2f}")
+            figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": held + gib, "planned": held + planned[phase]}
+    return figures
+
+
 # ------------------------------------------------------------------------------------------------------- main
 
 
@@ -245,6 +372,11 @@ def main() -> int:
     section.add_argument("--workload", choices=("w", "w2"), default="w", help="w2: longer, closer to GAIA")
     section.add_argument("--model-config", choices=SHAPES, default="small", help="its shape")
     section.add_argument("--vram", type=float, metavar="GB", help="cap the GPU's memory")
+    section = rooms.add_parser("update", help="the update against full logits and one padded batch", allow_abbrev=False)
+    section.set_defaults(bench=bench_update)
+    section.add_argument("--model-config", choices=[name for name in SHAPES if name != "small"],
+                         help="random weights of that shape instead: memory of each phase beside the plan's")
+    section.add_argument("--vram", type=float, default=24.0, metavar="GB", help="cap the GPU's memory")
     for section in rooms.choices.values():
         section.add_argument("--quick", action="store_true", help="a small scale, for CI")
         section.add_argument("--json", metavar="FILE", help="write the figures there too")
