@@ -305,7 +305,7 @@ def bench_update(args) -> dict:
         "update, naive": lambda: naive_update(policy, optimizer, batch, cfg),
     }
     found = {name: [] for name in ways}
-    for _ in range(2 if args.quick else 4):                             # in turn; the first round warms up
+    for _ in range(2 if args.quick else 3):                             # in turn; the first round warms up
         for name, run in ways.items():
             found[name].append(peak_memory(device.type, run))
     if abs(found["update"][-1][2] - found["update, naive"][-1][2]) > 1e-4:
