@@ -13,6 +13,7 @@ every doubt is *unsure*.
 """
 import hashlib
 import math
+import os
 import re
 import string
 import threading
@@ -344,14 +345,14 @@ class Judge:
     """
 
     def __init__(self, spec: str = "heuristic", model_name: str | None = None, policy=None, cache: Cache | None = None,
-                 key: str = "", concurrency: int = 8, seconds: float = 60.0):
+                 concurrency: int = 8, seconds: float = 60.0):
         if spec not in ("heuristic", "local") and not re.match("https?://", spec):
             raise UserError(f"--judge {spec}: it is heuristic, local or a URL (http://...)")
         if spec == "local" and policy is None:
             raise UserError("--judge local needs a loaded model")
         if spec.startswith("http") and not model_name:
             raise UserError("--judge URL needs --judge-model NAME")
-        self.spec, self.policy, self.key, self.seconds = spec, policy, key, seconds
+        self.spec, self.policy, self.seconds = spec, policy, seconds
         self.model_name = model_name or (policy.name if policy else None)
         self.cache = cache or Cache()
         self.places = threading.Semaphore(1 if spec == "local" else concurrency)
@@ -392,7 +393,7 @@ class Judge:
     def _reply(self, messages: list[dict]) -> str:
         with self.places:
             if self.spec != "local":
-                return chat(self.spec, self.model_name, messages, self.key, self.seconds, tokens=256)
+                return chat(self.spec, self.model_name, messages, os.environ.get("JUDGE_API_KEY", ""), self.seconds, 256)
             return reference_reply(self.policy, messages)
 
 

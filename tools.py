@@ -23,7 +23,7 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -43,12 +43,13 @@ class ToolError(Exception):
 
 @dataclass
 class ToolContext:
-    """What a tool may know of the trajectory that calls it. One per trajectory."""
-    workdir: Path | None = None                             # host path of the task's files
+    """What a tool may know of the trajectory that calls it. One per trajectory; the rollout fills it in as it goes."""
+    workdir: Path | None = None                             # where the code works, if the host can see that
     state: dict = field(default_factory=dict)               # a tool's memory, kept for the trajectory
     seconds_left: Callable[[], float] = lambda: 30.0        # until the step's time is up
     question: str = ""
-    web: Web | None = None                                  # for the built-in tools: their own one, see Tool.bind
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)    # the task's attachments: by name, or their content
+    web: Web | None = None                                  # what the built-in tools of a run share, see Tool.bind
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Tool:
     def bind(self, context: ToolContext) -> Callable:
         """A function for one trajectory: checks its arguments (ToolError if they do not fit), then calls the tool."""
         if self.web:
-            context = replace(context, web=self.web)    # `state` stays the trajectory's own dict
+            context.web = self.web
 
         def call(*args, **kwargs):
             arguments, begin, outcome = self.checked(*args, **kwargs), time.monotonic(), "failed"
@@ -223,26 +224,36 @@ def page_text(context: ToolContext, url: str) -> tuple[str, str]:
 
 
 def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> bytes:
-    """A regular file below the task's folder. Opened part by part without following links: the sandboxed code, which
-    can write there, may put a link to a file of the host in the way at any moment."""
+    """A file below the working directory; where the sandbox hides that, an attachment or a download by its name."""
     parts = PurePosixPath(path).parts
-    if context.workdir is None or not parts or parts[0] == "/" or ".." in parts:
+    if not parts or parts[0] == "/" or ".." in parts:
         raise WebError("no_file", "give a path relative to the working directory")
-    folder = os.open(context.workdir, os.O_RDONLY | os.O_DIRECTORY)
+    if context.workdir is not None:
+        return open_below(context.workdir, parts, limit)
+    known = {**context.files, **context.state.get("downloads", {})}
+    if (found := known.get("/".join(parts))) is None:
+        raise WebError("no_file", f"{path}: only attachments and downloads can be read: {', '.join(known) or 'none'}")
+    return found if isinstance(found, bytes) else Path(found).read_bytes()[:limit]
+
+
+def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
+    """The content of a regular file, reached part by part without following links: the sandboxed code, which can write
+    there, may put a link to a file of the host in the way at any moment."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for i, part in enumerate(parts):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECTORY if i + 1 < len(parts) else 0)
-            inner = os.open(part, flags, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        if not stat.S_ISREG(os.fstat(folder).st_mode) or os.fstat(folder).st_size > limit:
-            raise WebError("no_file", f"{path} is no regular file of at most {limit // 2**20} MiB")
-        with os.fdopen(os.dup(folder), "rb") as file:
+            inner = os.open(part, flags, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_size > limit:
+            raise WebError("no_file", f"{parts[-1]} is no regular file of at most {limit // 2**20} MiB")
+        with os.fdopen(os.dup(handle), "rb") as file:
             return file.read(limit)
     except OSError as error:
-        raise WebError("no_file", f"{path}: {error.strerror}") from error
+        raise WebError("no_file", f"{'/'.join(parts)}: {error.strerror}") from error
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def search_backend(web: Web) -> str:
@@ -359,9 +370,10 @@ def archive(context: ToolContext, url: str, date: str, page: int = 1) -> str:
 def download(context: ToolContext, url: str) -> str:
     """Save a file of the web in the working directory; returns its name."""
     address, _, body = context.web.fetch(url, context.seconds_left())
-    if context.workdir is None:
-        raise WebError("no_file", "there is no working directory")
     name = re.sub(r"[^\w.-]", "_", PurePosixPath(urlsplit(address).path).name).lstrip(".")[-80:] or "download"
+    if context.workdir is None:
+        context.state.setdefault("downloads", {})[name] = body
+        return f"kept as {name} ({len(body)} bytes) for read_file, ask_image and transcribe; code cannot open it"
     try:
         handle = os.open(context.workdir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     except OSError as error:

@@ -227,9 +227,10 @@ def test_verdicts_that_parse(reply, verdict):
     assert verdict_in(reply) is verdict
 
 
-def test_asks_once_more_then_none_and_never_zero():
+def test_asks_once_more_then_none_and_never_zero(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
     with Server(lambda messages: "Hm." if len(messages) == 2 else "VERDICT: CORRECT") as server:
-        judge = Judge(server.url, "m", key="secret-key")
+        judge = Judge(server.url, "m")
         assert judge.judge("Who?", "Charles Darwin", "Darwin") == judge.judge("Who?", "Charles Darwin", "Darwin")
         verdict = judge.judge("Who?", "Charles Darwin", "Darwin")
         assert (verdict.score, verdict.source, verdict.unsure) == (1.0, "llm", True)
@@ -276,11 +277,12 @@ def test_concurrency_is_limited_and_order_kept():
     assert scores == [float(i == 3) for i in range(8)] and most[0] <= 3
 
 
-def test_verdicts_survive_in_the_cache_and_hold_no_key(tmp_path):
+def test_verdicts_survive_in_the_cache_and_hold_no_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
     file = str(tmp_path / "c.sqlite")
     with Server(lambda m: "VERDICT: CORRECT") as server:
         url = server.url
-        assert Judge(url, "m", key="secret-key", cache=Cache(file, "record")).judge("Who?", "Charles Darwin", "Darwin").score == 1.0
+        assert Judge(url, "m", cache=Cache(file, "record")).judge("Who?", "Charles Darwin", "Darwin").score == 1.0
     replayed = Judge(url, "m", cache=Cache(file, "replay"))
     assert replayed.judge("Who?", "Charles Darwin", "Darwin").score == 1.0     # the server is gone
     assert replayed.judge("Who?", "Charles Darwin", "C. Darwin").score is None

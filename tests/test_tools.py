@@ -547,6 +547,23 @@ def test_only_files_below_the_folder(call, path, tmp_path_factory):
         assert call(name, path, *more).startswith("ERROR[no_file]")
 
 
+def test_where_the_sandbox_hides_the_folder_attachments_and_downloads_are_read_by_name(call, site):
+    call.context.workdir, call.context.files = None, {"a.txt": b"from memory", "b.csv": call.folder / "host.csv"}
+    (call.folder / "host.csv").write_text("x,y")
+    assert "from memory" in call("read_file", "a.txt") and "x,y" in call("read_file", "b.csv")
+    assert call("read_file", "host.csv").startswith("ERROR[no_file]: host.csv: only attachments and downloads")
+    assert call("download", site.url + "/doc.pdf").startswith("kept as doc.pdf")
+    assert "about cats" in call("read_file", "doc.pdf") and call("read_file", "../a.txt").startswith("ERROR[no_file]")
+
+
+def test_what_the_rollout_fills_in_after_binding_reaches_the_tool(call):
+    context = ToolContext()
+    bound = tools.replace(tools.read_file, web=call.web).bind(context)
+    context.workdir = call.folder
+    (call.folder / "a.txt").write_text("late")
+    assert "late" in bound("a.txt")
+
+
 def test_download_writes_only_new_files_in_the_folder(call, site):
     assert call("download", site.url + "/doc.pdf") == "saved as doc.pdf (%d bytes)" % (call.folder / "doc.pdf").stat().st_size
     assert "about cats" in call("read_file", "doc.pdf")
