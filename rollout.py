@@ -301,8 +301,8 @@ AttentionInterface.register("rollout", attend)
 def sampling_mode(model, deterministic: bool) -> Iterator[None]:
     """Eval mode, `attend`, no gradients, one thread if deterministic; afterwards all as it was before."""
     config, training, threads = model.config, model.training, torch.get_num_threads()
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise UserError("models with sliding-window or linear attention cannot be sampled")
+    if set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "sliding_window", None):
+        raise UserError("models with sliding-window or linear attention cannot be sampled here")
     attention = config._attn_implementation
     model.eval()
     config._attn_implementation = "rollout"
@@ -533,19 +533,23 @@ def fitting_slots(model, context: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------- the call
+def make_episodes(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int) -> list:
+    chat = Chat(policy.tokenizer)
+    prompts = [build_prompt(policy.tokenizer, task, tools, policy.preset.prompt) for task in tasks]
+    return [Episode(task, i, seed, group, prompts[group], chat, executor, tools, sampling)
+            for group, task in enumerate(tasks) for i in range(samples)]
+
+
 def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int,
             progress=None) -> list[list[Trajectory]]:
     """Sample `samples` trajectories for each task with the policy as it is now: one list for each task.
 
-    Inside `policy.reference()` it is the reference policy that is sampled. progress: a tqdm bar, advanced by 1
-    for each trajectory. Raises UserError for a chat template, a prompt style or a model that cannot be used; what
-    goes wrong in one trajectory ends that one, with stop_reason "error".
+    Inside `policy.reference()` it is the reference policy that is sampled. progress: a tqdm bar, advanced by one
+    a trajectory. Raises UserError for a chat template, a prompt style or a model that cannot be used; what goes
+    wrong in one trajectory ends that one, with stop_reason "error".
     """
-    model, chat, context = policy.model, Chat(policy.tokenizer), sampling.context_tokens
-    prompts = [build_prompt(policy.tokenizer, task, tools, policy.preset.prompt) for task in tasks]
-    episodes = [Episode(task, i, seed, group, prompts[group], chat, executor, tools, sampling)
-                for group, task in enumerate(tasks) for i in range(samples)]
-    done = {}
+    model, context, done = policy.model, sampling.context_tokens, {}
+    episodes = make_episodes(policy, tasks, executor, tools, sampling, samples, seed)
     for episode in episodes:
         if len(episode.prompt) >= context:
             episode.stop_reason, n = "context_limit", len(episode.prompt)
@@ -553,8 +557,8 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     waiting = [episode for episode in episodes if episode not in done]
     with sampling_mode(model, sampling.deterministic):
         slots = max(1, min(sampling.slots or fitting_slots(model, context), len(waiting)))
-        engine = Engine(model, slots, context, sampling.temperature, chat.watched(model.config.vocab_size),
-                        sampling.deterministic)
+        watch = Chat(policy.tokenizer).watched(model.config.vocab_size)
+        engine = Engine(model, slots, context, sampling.temperature, watch, sampling.deterministic)
         for episode, *columns in engine.run(waiting):
             done[episode] = episode.trajectory(*columns)
             if progress is not None:
