@@ -180,13 +180,26 @@ def read_records(file: Path) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------ what is said
-def share(records: list[dict], key="official") -> dict:
-    """Mean over questions of the share of their samples that is right, with a Wilson interval over questions."""
+def share(records: list[dict]) -> dict:
+    """Mean over questions of the share of samples that is right: by the official rule with a Wilson interval over
+    questions, and beside it by the heuristic and by heuristic and LLM together."""
     by_task = defaultdict(list)
     for r in records:
-        by_task[r["task_id"]].append(r[key] == "right" if key == "heuristic" else bool(r[key]))
-    n, accuracy = len(by_task), fmean(map(fmean, by_task.values())) if by_task else 0.0
-    return {"accuracy": accuracy, "n": n, "wilson95": wilson(accuracy * n, n)}
+        by_task[r["task_id"]].append((r["official"], r["heuristic"] == "right", r["llm"] or r["heuristic"] == "right"))
+    n = len(by_task)
+    official, heuristic, llm = (fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0
+                                for i in range(3))
+    return {"accuracy": official, "n": n, "wilson95": wilson(official * n, n), "heuristic": heuristic, "llm": llm}
+
+
+def agreement(records: list[dict]) -> dict:
+    """How often each pair of opinions agrees, over the records where both have one; None where there are none."""
+    views = [(r["official"], None if r["heuristic"] == "unsure" else r["heuristic"] == "right", r["llm"]) for r in records]
+    names, result = ("official", "heuristic", "llm"), {"unsure": sum(v[1] is None for v in views)}
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        both = [v[i] == v[j] for v in views if v[i] is not None and v[j] is not None]
+        result[f"{names[i]} and {names[j]}"] = {"agree": fmean(both) if both else None, "n": len(both)}
+    return result
 
 
 def vote(records: list[dict]) -> bool:
@@ -206,9 +219,7 @@ def summary(records: list[dict], samples: int) -> dict:
     for r in records:
         by_task[r["task_id"]].append(r)
     result = {**share(records), "levels": table("level"), "attachments": table("attachment"),
-              "text_only": share([r for r in records if r["attachment"] == "none"]),
-              "heuristic": share(records, "heuristic"), "unsure": sum(r["heuristic"] == "unsure" for r in records),
-              "llm_asked": sum(r["llm"] is not None for r in records), "llm_right": sum(bool(r["llm"]) for r in records),
+              "text_only": share([r for r in records if r["attachment"] == "none"]), "agreement": agreement(records),
               "missing": sum(r["answer"] is None for r in records), "categories": Counter(r["category"] for r in records),
               "mean": {k: fmean(r[k] for r in records) for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
     if samples > 1:
@@ -221,21 +232,23 @@ def summary(records: list[dict], samples: int) -> dict:
 
 def line(name: str, s: dict) -> str:
     low, high = s["wilson95"]
-    return f"  {name:<28} {100 * s['accuracy']:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {s['n']}"
+    return (f"  {name:<24}{s['n']:5d}{100 * s['accuracy']:8.1f} %  [{100 * low:4.1f}, {100 * high:5.1f}]"
+            f"{100 * s['heuristic']:10.1f} %{100 * s['llm']:8.1f} %")
 
 
 def printed(result: dict, samples: int) -> str:
     """The tables, as text."""
-    lines = ["official score (95 % Wilson interval over questions)", line("all", result)]
+    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic    + LLM", line("all", result)]
     lines += [line(f"level {k}", v) for k, v in result["levels"].items()]
-    lines += ["by attachment"] + [line(k, v) for k, v in result["attachments"].items()]
-    lines += [line("text-only subset", result["text_only"]), "beside it, never instead",
-              line("heuristic judge", result["heuristic"]) + f"  ({result['unsure']} unsure)",
-              f"  LLM judge: asked {result['llm_asked']} times, where unsure; right {result['llm_right']}"]
+    lines += [line(f"attachment {k}", v) for k, v in result["attachments"].items()]
+    lines += [line("text-only subset", result["text_only"])]
     if samples > 1:
         lines += [f"  pass@{k} {100 * v:.1f} %" for k, v in result["pass_at_k"].items()]
         lines += [f"  maj@{k} {100 * v:.1f} %" for k, v in result["maj_at_k"].items()]
-    lines += ["what became of them: " + ", ".join(f"{k} {v}" for k, v in Counter(result["categories"]).most_common()),
+    pairs = {k: v for k, v in result["agreement"].items() if k != "unsure" and v["n"]}
+    lines += [f"agreement ({result['agreement']['unsure']} unsure): "
+              + "; ".join(f"{k} {100 * v['agree']:.1f} % of {v['n']}" for k, v in pairs.items()),
+              "what became of them: " + ", ".join(f"{k} {v}" for k, v in Counter(result["categories"]).most_common()),
               f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())]
     return "\n".join(lines)
 
@@ -274,7 +287,8 @@ def choose_tasks(args, out: Path, difficulty: int) -> tuple[list[Task], str]:
         tasks, source = read_gaia(hub_copy() if args.gaia_dir == "hub" else args.gaia_dir, args.split), "gaia"
     if unknown := set(args.ids or []) - {t.id for t in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
-    tasks = [t for t in tasks if t.level in (args.levels or [t.level]) and t.id in (args.ids or [t.id])][:args.limit]
+    tasks = [t for t in tasks if t.level in (args.levels or [t.level]) and t.id in (args.ids or [t.id])
+             and not (args.text_only and t.files)][:args.limit]
     if not tasks:
         raise UserError("no question is left: see --levels, --ids, --limit")
     return tasks, source
@@ -336,6 +350,7 @@ def parse_args(argv=None):
     p.add_argument("--split", default="validation", choices=["validation", "test"])
     p.add_argument("--levels", nargs="+", choices=["1", "2", "3"])
     p.add_argument("--ids", nargs="+", help="task_ids")
+    p.add_argument("--text-only", action="store_true", help="only the questions without an attachment")
     p.add_argument("--limit", type=int, help="the first N questions")
     p.add_argument("--samples", type=int, default=1, help="samples a question; more than 1 are drawn at temperature 1")
     p.add_argument("--temperature", type=float, help="default: 0 for one sample, else 1")
@@ -426,7 +441,7 @@ def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
               "cache_counts": run.web.cache.counts, "benchmark_pages_dropped": run.web.counts["benchmark"]}
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
     print(printed(result, run.samples))
-    if source == "gaia" and not (args.levels or args.ids or args.limit):
+    if source == "gaia" and not (args.levels or args.ids or args.limit or args.text_only):
         if (sizes := {k: v["n"] for k, v in result["levels"].items()}) != OFFICIAL:
             print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
     print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")

@@ -69,11 +69,13 @@ def test_summary_by_hand():
     records = [rec("a", official=True), rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
                rec("c", official=True, level="2", attachment=".pdf"), rec("d", level="3", heuristic="unsure", llm=True)]
     s = summary(records, 1)
-    assert (s["accuracy"], s["n"], s["missing"], s["unsure"], s["llm_asked"], s["llm_right"]) == (0.5, 4, 1, 1, 1, 1)
+    assert (s["accuracy"], s["n"], s["missing"], s["heuristic"], s["llm"]) == (0.5, 4, 1, 0.5, 0.75)
+    assert s["agreement"] == {"unsure": 1, "official and heuristic": {"agree": 1.0, "n": 3},
+                              "official and llm": {"agree": 0.0, "n": 1}, "heuristic and llm": {"agree": None, "n": 0}}
     assert {k: (v["accuracy"], v["n"]) for k, v in s["levels"].items()} == {"1": (1.0, 1), "2": (0.5, 2), "3": (0.0, 1)}
     assert {k: v["n"] for k, v in s["attachments"].items()} == {".csv": 1, ".pdf": 1, "none": 2}
     assert s["text_only"]["accuracy"] == 0.5 and s["text_only"]["n"] == 2 and "pass_at_k" not in s
-    assert s["categories"] == {"right": 2, "step_limit": 1, "wrong": 1} and s["heuristic"]["accuracy"] == 0.5
+    assert s["categories"] == {"right": 2, "step_limit": 1, "wrong": 1}
 
 
 def test_samples_are_means_over_questions_and_never_mixed_up():
