@@ -1,0 +1,330 @@
+"""The hostile suite: what model-written code does by accident or by reward hacking, and what the host must make of it.
+
+Each row of TABLE is `name, expected, code`. A fresh session has run `x = 1`; then runs `y = 1` and the row's code as one step.
+`expected` is the statuses that may result (`|` between), and what is true of the state afterwards:
+    kept    y is there: the step's effects hold               back    only x is there: memory is as before the step
+    lost    neither: the session was restarted                any     the code broke its own session: it must work again
+After every row: the step took at most limit + grace, a witness session and the host are unharmed, no process is left.
+`= text` in the expectation demands this text in the observation, `~ text` forbids it.
+"""
+import gc
+import os
+import secrets
+import socket
+import threading
+import time
+
+import pytest
+
+from executor import Executor, Limits
+from tools import ToolError
+
+LIMITS = Limits(seconds=0.3, grace=0.8, memory_mb=256, disk_mb=16, processes=24, tool_calls=50, output_chars=2000)
+ROOMY = 8.0                     # seconds for the rows that are not about time: the machine may be busy
+SLACK = 0.5                     # how far a busy machine may let the host's own clock slip
+SECRET = secrets.token_hex(8)   # stands for an expected answer; the code below gets it in two halves only
+
+# The runner's descriptor of the wire, and a way to write raw frames to it.
+WIRE = """import os, stat, struct, json, time, socket
+w = [f for f in range(3, 64) if os.path.exists(f'/proc/self/fd/{f}') and stat.S_ISSOCK(os.fstat(f).st_mode)][0]
+def raw(data): os.write(w, struct.pack('>I', len(data)) + data)
+def send(frame): raw(json.dumps(frame).encode())
+"""
+LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+SPIN = "import threading, time, os\ndef spin():\n while True: pass\n"
+
+TABLE = {
+    "timeouts that keep the state": [
+        ("loop",                 "timeout kept", "while True: pass"),
+        ("sleep",                "timeout kept", "import time; time.sleep(60)"),
+        ("printed before",       "timeout kept = early", "print('early'); import time; time.sleep(60)"),
+        ("regex",                "timeout kept", "import re; re.match(r'(a+)+$', 'a' * 40 + 'b')"),
+        ("huge pow",             "timeout|killed any", "z = 3 ** 10 ** 8"),
+        ("swallowed",            "timeout kept", "while True:\n try:\n  while True: pass\n except BaseException: pass"),
+        ("swallowed at once",    "timeout kept", "import time\nwhile True:\n try: time.sleep(9)\n except: continue"),
+        ("finally",              "timeout kept", "try:\n while True: pass\nfinally:\n while True: pass"),
+        ("repr",                 "timeout kept", "class R:\n def __repr__(self):\n  while True: pass\nR()"),
+        ("str of an exception",  "timeout kept", "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E"),
+        ("del",                  "timeout kept", "class D:\n def __del__(self):\n  while True: pass\nd = D(); del d"),
+        ("asyncio",              "timeout kept", "import asyncio; asyncio.run(asyncio.sleep(60))"),
+        ("lock",                 "timeout kept", "import threading; l = threading.Lock(); l.acquire(); l.acquire()"),
+        ("pipe",                 "timeout kept", "import os; os.read(os.pipe()[0], 1)"),
+        ("subprocess",           "timeout kept", "import subprocess; subprocess.run(['sleep', '60'])"),
+        ("join",                 "timeout kept", SPIN + "t = threading.Thread(target=spin); t.start(); t.join()"),
+        ("sort key",             "timeout kept", "def key(v):\n while True: pass\nsorted([2, 1], key=key)"),
+        ("pause",                "timeout kept", "import signal; signal.pause()"),
+        ("stops itself",         "timeout kept", "import os; os.kill(os.getpid(), 19)"),
+        ("stops everybody",      "timeout kept", "import os; os.kill(-1, 19); os.kill(os.getpid(), 19)"),
+    ],
+    "kills that roll back": [
+        ("C loop",               "killed back", "sum(range(10 ** 12))"),
+        ("C loop in a thread",   "killed back", SPIN + "threading.Thread(target=sum, args=(range(10 ** 12),)).start(); spin()"),
+        ("endless iterator",     "killed back", "import collections, itertools; collections.deque(itertools.repeat(0), 0)"),
+        ("signals blocked",      "killed back", "import signal\nsignal.pthread_sigmask(0, range(1, 32))\nwhile True: pass"),
+        ("signals ignored",      "killed back", "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass"),
+        ("handler of its own",   "killed back", "import signal\nsignal.signal(2, lambda *a: None)\nwhile True: pass"),
+        ("swallowed thrice",     "killed back", "def f(n):\n while True:\n  try:\n   f(n - 1) if n else time.sleep(9)\n  except: pass\n"
+                                                "import time; f(9)"),
+        ("exec",                 "killed back", "import os; os.execvp('sleep', ['sleep', '60'])"),
+        ("recursion unlimited",  "killed|crashed|error|timeout any", "import sys; sys.setrecursionlimit(10 ** 9)\ndef f(): return [f()]\nf()"),
+    ],
+    "crashes": [
+        ("_exit 0",              "crashed back", "import os; os._exit(0)"),
+        ("_exit 3",              "crashed back = exit status 3", "import os; os._exit(3)"),
+        ("abort",                "crashed back = SIGABRT", "import os; os.abort()"),
+        ("segfault",             "crashed back = SIGSEGV", "import ctypes; ctypes.string_at(0)"),
+        ("kill -9",              "crashed back = SIGKILL", "import os; os.kill(os.getpid(), 9)"),
+        ("kills the keeper",     "ok kept", "import os; os.kill(-1, 9)"),
+        ("keeper, then itself",  "crashed lost", "import os; os.kill(-1, 9); os._exit(1)"),
+        ("alarm",                "crashed back = SIGALRM", "import signal; signal.setitimer(signal.ITIMER_REAL, 0.01)\nwhile True: pass"),
+        ("_exit in a thread",    "crashed back", SPIN + "threading.Thread(target=os._exit, args=(1,)).start(); spin()"),
+        ("C stack",              "crashed|error any", "import pickle\nclass A: pass\nf = lambda s: s\nx2 = []\nfor i in range(10 ** 5): x2 = [x2]\nimport ctypes\n"
+                                 "ctypes.memmove(ctypes.addressof(ctypes.c_int()), 1, 10)"),
+        ("thread bomb",          "error any", "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"),
+        ("descriptor bomb",      "error kept", "l = []\nwhile True: l.append(open('/dev/null'))"),
+        ("32-bit system call",   "crashed|error any", LIBC + "libc.syscall(0x80000000); import signal; os.kill(os.getpid(), signal.SIGSYS)"),
+    ],
+    "ordinary errors": [
+        ("SystemExit",           "error kept = SystemExit", "import sys; sys.exit(0)"),
+        ("KeyboardInterrupt",    "error kept = KeyboardInterrupt", "raise KeyboardInterrupt"),
+        ("GeneratorExit",        "error kept = GeneratorExit", "raise GeneratorExit"),
+        ("not an exception",     "error kept = TypeError", "raise 5"),
+        ("syntax",               "error back = SyntaxError", "a = ("),
+        ("null byte",            "error back = null", "a = 1\0"),
+        ("lone surrogate",       "error back = Unicode", "a = '\ud800'"),
+        ("deep brackets",        "error back", "(" * 10_000),
+        ("deep expression",      "error|crashed back", "z = " + "-" * 100_000 + "1"),
+        ("wide expression",      "error|crashed any", "z = 1" + "+1" * 100_000),
+        ("recursion",            "error kept = RecursionError", "def f(): return f()\nf()"),
+        ("input",                "error kept = EOFError", "input()"),
+        ("hostile exception",    "error kept", "class E(Exception):\n __str__ = __repr__ = lambda self: 1 / 0\nraise E"),
+        ("hostile metaclass",    "error kept", "class M(type):\n def __instancecheck__(c, o): 1 / 0\nclass E(Exception, metaclass=M): pass\nraise E"),
+        ("value of wrong type",  "error kept = TypeError", "class R:\n __repr__ = lambda self: 5\nR()"),
+        ("long message",         "error kept = cut", "raise ValueError('x' * 10 ** 6)"),
+        ("huge int to str",      "error kept = ValueError", "print(10 ** 10 ** 5)"),
+        ("list memory",          "error kept = MemoryError", "z = [0] * 10 ** 10"),
+        ("growing memory",       "error kept = MemoryError", "z = []\nwhile True: z.append(bytearray(1 << 20))"),
+        ("numpy memory",         "error kept = MemoryError", "import numpy as np; z = np.ones(10 ** 9)"),
+        ("memory by children",   "killed any = memory", "import os, time\nfor i in range(20):\n if os.fork() == 0:\n  z = b'x' * (200 << 20)\n  time.sleep(60)\ntime.sleep(60)"),
+        ("memfd",                "error kept = PermissionError", "import os; os.memfd_create('a')"),
+        ("disk",                 "error kept = OSError", "n = 0\nwhile True:\n n += 1\n open(f'f{n}', 'wb').write(bytes(8 << 20))"),
+        ("large file",           "error kept = OSError", "f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))"),
+        ("inodes",               "error kept = OSError", "for i in range(10 ** 6): open(f'f{i}', 'w').close()"),
+        ("shared memory",        "error|crashed any", "from multiprocessing.shared_memory import SharedMemory\ns = SharedMemory('a', True, 64 << 20)\ns.buf[::4096] = bytes(16384)"),
+        ("fork bomb",            "error|killed|timeout any", "import os\nwhile True: os.fork()"),
+        ("fork bomb by shell",   "ok|error|killed|timeout any", "import subprocess; subprocess.run(['sh', '-c', ':() { : | : & }; :'])"),
+        ("setrlimit",            "error kept", "import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))"),
+        ("setrlimit nproc",      "error kept", "import resource as r; r.setrlimit(r.RLIMIT_NPROC, (10 ** 6, 10 ** 6))"),
+    ],
+    "output": [
+        ("10 MB",                "ok kept = cut", "print('x' * 10_000_000)"),
+        ("endless",              "error|timeout any = cut", "while True: print('y' * 10_000)"),
+        ("binary",               "ok kept", "import os; os.write(1, bytes(range(256)))"),
+        ("surrogate",            "ok kept = ud800", r"print('\ud800')"),
+        ("ANSI",                 "ok kept = [2J", r"print('\x1b[2J\x1b]0;title\x07')"),
+        ("order",                "ok kept = 1\n2\n3\n4\n", "import sys, subprocess\nprint(1); print(2, file=sys.stderr); subprocess.run(['echo', '3']); print(4)"),
+        ("C printf",             "ok kept = from C", LIBC + "n = libc.printf(b'from C\\n')"),
+        ("closed",               "ok kept", "import sys; sys.stdout.close()"),
+        ("closed, then print",   "error kept = ValueError", "import sys; sys.stdout.close(); print(1)"),
+        ("descriptor closed",    "ok kept", "import os; os.close(1); os.close(2)"),
+        ("replaced",             "ok kept ~ hidden", "import sys, io; sys.stdout = io.StringIO(); print('hidden')"),
+        ("removed",              "ok kept", "import sys; sys.stdout = sys.stderr = None; print(1)"),
+        ("truncated",            "ok kept", "import os; print('a'); os.ftruncate(1, 0); os.lseek(1, 0, 0)"),
+        ("sparse",               "ok kept = cut", "import os; os.ftruncate(1, 15 << 20)"),
+        ("long value",           "ok kept = cut", "'a' * 10 ** 7"),
+        ("hostile str value",    "ok|error kept", "class S(str):\n def __len__(self): return 0\n def __getitem__(self, i): return self\n"
+                                 "class R:\n def __repr__(self): return S('b' * 10 ** 7)\nR()"),
+        ("mapped output",        "ok|error kept", "import mmap, os; os.ftruncate(1, 4096); m = mmap.mmap(1, 4096); m[:2] = b'hi'"),
+    ],
+    "attacks on the protocol": [
+        ("garbage",              "crashed back = protocol", WIRE + "raw(b'hello')"),
+        ("oversized",            "crashed back = protocol", WIRE + "os.write(w, b'\\xff' * 4); time.sleep(60)"),
+        ("deep",                 "crashed back = protocol", WIRE + "raw(b'[' * 100_000)"),
+        ("not an object",        "crashed back = protocol", WIRE + "raw(b'[1]')"),
+        ("null",                 "crashed back = protocol", WIRE + "raw(b'null')"),
+        ("huge integer",         "crashed back = protocol", WIRE + "raw(b'{\"keeper\": ' + b'9' * 10_000 + b'}')"),
+        ("not UTF-8",            "crashed back = protocol", WIRE + "raw(b'{\"answer\": \"\\xff\\xfe\"}')"),
+        ("unknown kind",         "crashed back = protocol", WIRE + "send({'verdict': 'right'})"),
+        ("wrong type",           "crashed back = protocol", WIRE + "send({'answer': 5})"),
+        ("one key too many",     "crashed back = protocol", WIRE + "send({'answer': 'a', 'reward': 1})"),
+        ("forged keeper",        "crashed back = protocol", WIRE + "send({'keeper': 1})"),
+        ("forged ready",         "crashed back = protocol", WIRE + "send({'ready': True})"),
+        ("forged reply",         "crashed back = protocol", WIRE + "send({'reply': 1, 'value': 1, 'error': None})"),
+        ("forged ok",            "ok any", WIRE + "send({'end': 'ok', 'value': None, 'error': None}); 1 / 0"),
+        ("forged ok, then loop", "ok any", WIRE + "send({'end': 'ok', 'value': None, 'error': None})\nwhile True: pass"),
+        ("forged long value",    "ok any = cut", WIRE + "send({'end': 'ok', 'value': 'v' * 10 ** 6, 'error': None}); time.sleep(60)"),
+        ("forged status",        "error any", WIRE + "send({'end': 'timeout', 'value': None, 'error': None}); time.sleep(60)"),
+        ("half a frame",         "crashed back", WIRE + "os.write(w, b'\\0\\0\\1\\0{'); os._exit(0)"),
+        ("half a frame, waits",  "timeout|killed|crashed any", WIRE + "os.write(w, b'\\0\\0\\1\\0{'); time.sleep(60)"),
+        ("descriptors closed",   "crashed back", "import os; os.closerange(3, 256)"),
+        ("wire shut down",       "crashed lost", WIRE + "socket.socket(fileno=os.dup(w)).shutdown(2)"),
+        ("wire not blocking",    "ok kept", WIRE + "os.set_blocking(w, False)"),
+        ("wire read by code",    "timeout kept", WIRE + "os.read(w, 100)"),
+        ("patched builtins",     "crashed back", "import builtins\nfor n in ('len', 'isinstance', 'bytes', 'str', 'open', 'int'): setattr(builtins, n, None)"),
+        ("patched json",         "ok kept", "import json, json.encoder, json.decoder; json.dumps = json.loads = None"),
+        ("patched os",           "ok kept", "import os\nfor n in dir(os):\n if n[0] != '_' and callable(getattr(os, n)) and n not in ('fspath', 'PathLike'): setattr(os, n, None)"),
+        ("patched socket",       "crashed|ok any", "import socket; socket.socket.sendall = socket.socket.recv = None"),
+        ("modules cleared",      "ok|error|crashed any", "import sys; sys.modules.clear()"),
+        ("namespace cleared",    "ok lost", "globals().clear()"),
+        ("worker found by gc",   "crashed back", "import gc\nfor o in gc.get_objects():\n if type(o).__name__ == 'Worker': o.send = None"),
+        ("frames above",         "crashed|error|ok any", "import sys; sys._getframe(2).f_locals['self'].lock = None"),
+        ("trace",                "ok|error|crashed any", "import sys; sys.settrace(lambda *a: 1 / 0); sys.setprofile(lambda *a: 1 / 0)"),
+        ("fork handlers",        "ok any", "import os\ndef hang():\n while True: pass\nos.register_at_fork(before=hang)"),
+        ("flood of answers",     "timeout kept", "while True: final_answer(1)"),
+        ("kills process 1",      "ok kept", "import os\nfor s in (9, 15, 2, 19, 1): os.kill(1, s)"),
+    ],
+    "leftovers": [
+        ("spinning thread",      "ok kept", SPIN + "threading.Thread(target=spin, daemon=True).start()"),
+        ("thread not daemon",    "ok kept", SPIN + "threading.Thread(target=spin).start()"),
+        ("forked child",         "ok kept", "import os, time\nif os.fork() == 0: time.sleep(60)"),
+        ("child comes back",     "ok kept = once", "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0); print('once')"),
+        ("daemon",               "ok kept", "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork(): os._exit(0)\n time.sleep(60)"),
+        ("nohup",                "ok kept", "import subprocess; p = subprocess.Popen(['nohup', 'sleep', '60'], start_new_session=True)"),
+        ("stopped child",        "ok kept", "import os, time\npid = os.fork()\nif pid == 0: time.sleep(60)\nos.kill(pid, 19)"),
+        ("child of a crash",     "crashed back", "import os, time\nif os.fork() == 0: time.sleep(60)\nos._exit(1)"),
+        ("zombies",              "ok kept", "import os\nfor i in range(10):\n if os.fork() == 0: os._exit(0)"),
+        ("pool",                 "ok kept = [1, 4]", "import multiprocessing as mp\nclass P(mp.Process): pass\np = mp.get_context('fork').Pool(2)\n"
+                                 "print(p.map((2).__rpow__, [1, 2]))"),
+    ],
+    "escapes": [
+        ("environment",          "ok kept = []", "import os; [k for k in os.environ if 'SECRET' in k]"),
+        ("/proc of others",      "ok kept = True", "import os; len([p for p in os.listdir('/proc') if p.isdigit()]) <= 3"),
+        ("environment of 1",     "error kept", "open('/proc/1/environ').read()"),
+        ("memory of 1",          "error kept", "open('/proc/1/mem', 'rb')"),
+        ("root of 1",            "error kept", "import os; os.listdir('/proc/1/root')"),
+        ("home",                 "ok kept = []", "import glob; glob.glob('/home/*') + glob.glob('/root/.[a-oq-z]*')"),
+        ("users",                "error kept", "open('/etc/passwd').read()"),
+        ("project",              "error kept", f"open({os.path.abspath('executor.py')!r}).read()"),
+        ("answer by gc",         "ok kept = False", f"import gc; s = {SECRET[:8]!r} + {SECRET[8:]!r}\nany(s in str(o)[:10 ** 6] for o in gc.get_objects() "
+                                 "if o is not globals())"),
+        ("answer by frames",     "ok kept = False", f"import sys; a, b = {SECRET[:8]!r}, {SECRET[8:]!r}; f = sys._getframe(); found = False\n"
+                                 "while f: found |= a + b in str(f.f_locals) + str(f.f_globals); f = f.f_back\nfound"),
+        ("loopback",             "error kept = Network is down", "import socket; socket.create_connection(('127.0.0.1', PORT), 1)"),
+        ("metadata address",     "error kept", "import urllib.request; urllib.request.urlopen('http://169.254.169.254/', timeout=1)"),
+        ("DNS",                  "error kept", "import socket; socket.getaddrinfo('example.com', 80)"),
+        ("UDP",                  "error kept", "import socket; socket.socket(2, 2).sendto(b'x', ('8.8.8.8', 53))"),
+        ("abstract socket",      "error kept", "import socket; socket.socket(1, 1).connect('\\0/tmp/.X11-unix/X0')"),
+        ("named socket pair",    "error kept", "import socket; a, b = socket.socketpair(1, 2); a.bind('\\0meet')"),
+        ("vsock",                "error kept", "import socket; socket.socket(40, 1)"),
+        ("netlink",              "error kept", "import socket; socket.socket(16, 3)"),
+        ("raw socket",           "error kept", "import socket; socket.socket(17, 3)"),
+        ("write /usr",           "error kept", "open('/usr/x', 'w')"),
+        ("write /etc",           "error kept", "open('/etc/x', 'w')"),
+        ("write /",              "error kept", "open('/x', 'w')"),
+        ("write /dev",           "error kept", "open('/dev/x', 'w')"),
+        ("write the interpreter", "error kept", "import os; open(os.__file__, 'a')"),
+        ("write /proc/sys",      "error kept", "open('/proc/sys/kernel/core_pattern', 'w')"),
+        ("terminal",             "error kept", "open('/dev/tty')"),
+        ("mount",                "ok kept = -1", LIBC + "libc.mount(b't', b'/tmp', b'tmpfs', 0, None)"),
+        ("unshare",              "ok kept = -1", LIBC + "libc.unshare(0x10000000)"),
+        ("clone user namespace", "ok kept = -1", LIBC + "libc.syscall({'x86_64': 56, 'aarch64': 220}[os.uname().machine], 0x10000011, 0, 0, 0, 0)"),
+        ("clone3",               "ok kept = -1", LIBC + "libc.syscall(435, 0, 0)"),
+        ("setns",                "ok kept = -1", LIBC + "libc.setns(os.open('/proc/self/ns/user', 0), 0)"),
+        ("ptrace",               "ok kept = -1", LIBC + "libc.ptrace(16, os.getppid(), 0, 0)"),
+        ("process_vm_readv",     "ok kept = -1", LIBC + "libc.process_vm_readv(os.getppid(), 0, 0, 0, 0, 0)"),
+        ("io_uring",             "ok kept = -1", LIBC + "libc.syscall(425, 8, ctypes.create_string_buffer(256))"),
+        ("bpf",                  "ok kept = -1", LIBC + "libc.syscall({'x86_64': 321, 'aarch64': 280}[os.uname().machine], 0, 0, 0)"),
+        ("keyctl",               "ok kept = -1", LIBC + "libc.syscall({'x86_64': 250, 'aarch64': 219}[os.uname().machine], 0, -3, 1)"),
+        ("x32 numbers",          "ok kept = -1", LIBC + "libc.syscall(0x40000000 + 39)"),
+        ("SysV memory",          "ok kept = -1", LIBC + "libc.shmget(0, 4096, 0o1600)"),
+        ("setuid",               "error kept", "import os; os.setuid(0)"),
+        ("chroot",               "error kept", "import os; os.chroot('/tmp')"),
+        ("kernel log",           "ok kept = -1", LIBC + "libc.klogctl(10, 0, 0)"),
+        ("capabilities",         "ok kept = 0000000000000000", "[l for l in open('/proc/self/status') if l.startswith('CapEff')][0]"),
+        ("files of others",      "ok kept = []", "import glob; glob.glob('/tmp/**/witness*', recursive=True) + glob.glob('/dev/shm/*')"),
+        ("processes of others",  "ok kept = []", "import os\ndef there(p):\n try: os.kill(p, 0); return True\n except OSError: return False\n"
+                                 "[p for p in range(2, 3000) if there(p) and p != os.getpid() and not os.path.exists(f'/proc/{p}')]"),
+    ],
+    "tools": [
+        ("set",                  "error kept = ToolError", "echo({1})"),
+        ("bytes",                "error kept = ToolError", "echo(b'a')"),
+        ("cycle",                "error kept = ToolError", "l = []; l.append(l); echo(l)"),
+        ("deep",                 "error kept = ToolError", "l = []\nfor i in range(10 ** 5): l = [l]\necho(l)"),
+        ("NaN",                  "error kept = ToolError", "echo(float('nan'))"),
+        ("huge",                 "error kept = ToolError", "echo('a' * (9 << 20))"),
+        ("surrogate",            "ok kept = ud800", r"echo('\ud800')"),
+        ("hostile tolist",       "error kept", "class T:\n def tolist(self): return self\necho(T())"),
+        ("wrong arguments",      "error kept = TypeError", "echo(1, 2, 3)"),
+        ("wrong keyword",        "error kept = TypeError", "echo(self=1)"),
+        ("unknown name",         "error kept = NameError", "nothing()"),
+        ("unknown name, forged", "ok kept", WIRE + "send({'call': '__class__', 'id': 99, 'args': [], 'kwargs': {}}); time.sleep(0.05)"),
+        ("flood",                "error kept = 50 tool calls", "for i in range(1000): echo(i)"),
+        ("flood, swallowed",     "timeout kept", "while True:\n try: echo(1)\n except Exception: pass"),
+        ("slow tool",            "timeout kept", "slow()"),
+        ("slow, then another",   "timeout kept", "try: slow()\nexcept BaseException: pass\necho(1); slow()"),
+        ("tool says no",         "error kept = ToolError: not today", "no()"),
+        ("tool raises",          "error kept = ToolError: KeyError", "raises()"),
+        ("tool exits",           "error kept = ToolError: SystemExit", "exits()"),
+        ("result not JSON",      "error kept = ToolError", "odd()"),
+        ("result huge",          "error kept = ToolError", "large()"),
+        ("error caught",         "ok kept = caught", "try: no()\nexcept ToolError: print('caught')"),
+        ("from threads",         "ok kept = 28", "import threading; l = []\nts = [threading.Thread(target=lambda i=i: l.append(echo(i))) for i in range(8)]\n"
+                                 "[t.start() for t in ts]; [t.join() for t in ts]; sum(l)"),
+        ("from a child",         "ok kept = main process", "import os, time\nif os.fork() == 0:\n try: echo(1)\n except ToolError as e: print(e)\n os._exit(0)\nos.wait() and None"),
+        ("after the answer",     "ok kept = 7", "final_answer(1); echo(7)"),
+        ("outside a step",       "ok kept", "import threading, time\ndef late():\n time.sleep(0.2)\n echo(1)\nthreading.Thread(target=late).start()"),
+        ("answer cannot be str", "error kept", "class S:\n __str__ = lambda self: 1 / 0\nfinal_answer(S())"),
+        ("answer loops",         "timeout kept", "class S:\n def __str__(self):\n  while True: pass\nfinal_answer(S())"),
+        ("answer and crash",     "crashed back", "final_answer(1); import os; os._exit(1)"),
+    ],
+}
+ROWS = [pytest.param(*row, id=f"{group}: {row[0]}") for group, rows in TABLE.items() for row in rows]
+
+
+def no():
+    raise ToolError("not today")
+
+
+def exits():
+    raise SystemExit(1)
+
+
+TOOLS = {"echo": lambda value: value, "slow": lambda: time.sleep(2), "no": no, "raises": lambda: {}["a"], "exits": exits,
+         "odd": lambda: object(), "large": lambda: "x" * (9 << 20)}
+
+
+@pytest.fixture(scope="module")
+def executor():
+    os.environ["TOOL_R1_SECRET"] = SECRET
+    with Executor("bwrap", LIMITS) as executor:
+        yield executor
+    del os.environ["TOOL_R1_SECRET"]
+
+
+@pytest.fixture(scope="module")
+def witness(executor):
+    with executor.session(files={"witness.txt": b"w"}) as session:
+        assert session.run("w = 1; open('/dev/shm/witness', 'w').close()", 5.0).status == "ok"
+        yield session
+
+
+@pytest.fixture(scope="module")
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("name, expected, code", ROWS)
+def test_hostile(executor, witness, port, name, expected, code):
+    expected, _, wanted = expected.partition(" = ")
+    expected, _, unwanted = expected.partition(" ~ ")
+    statuses, state = expected.split()
+    short = "timeout" in statuses or statuses == "killed" and "memory" not in wanted
+    limit = LIMITS.seconds if short else ROOMY
+    with executor.session(TOOLS) as session:
+        assert session.run("x = 1", ROOMY).status == "ok"
+        start = time.monotonic()
+        result = session.run("y = 1\n" + code.replace("PORT", str(port)), limit)
+        took = time.monotonic() - start
+        assert result.status in statuses.split("|"), result
+        assert took <= limit + LIMITS.grace + SLACK
+        assert wanted in result.output + (result.value or "") + (result.error or ""), result
+        assert not unwanted or unwanted not in result.observation()
+        assert len(result.observation()) <= 3 * LIMITS.output_chars + 1000
+        after = session.run("[n for n in ('x', 'y') if n in globals()]", ROOMY if state != "any" else 0.5)
+        if state == "any" and after.status != "ok":
+            after = session.run("[]", ROOMY)            # it broke its own session for one more step, not for two
+        assert after.status == "ok", after
+        assert state == "any" or after.value == {"kept": "['x', 'y']", "back": "['x']", "lost": "[]"}[state]
+    beside = witness.run("import os; (w, os.listdir('/tmp/work'))", ROOMY)
+    assert beside.value == "(1, ['witness.txt'])", beside
