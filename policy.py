@@ -1,12 +1,14 @@
 """The policy: a frozen language model, a LoRA adapter on it, and all that depends on the model's size.
 
-Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off), the defaults
-per size and the memory plan. Reading order: Preset, Policy, load_policy, save_adapter, memory, plan_memory.
+Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off), the
+defaults per size and the memory plan. Reading order: Preset, Policy, load_policy, save_adapter, memory,
+plan_memory.
 
-QLoRA (arXiv 2305.14314) as built here: the blocks' linear layers in NF4 with double quantisation, embeddings, head
-and norms in bf16, the adapter in fp32 on all linear layers but the head, without dropout, so that sampler and scorer
-see one network in any mode. PEFT's `prepare_model_for_kbit_training` is not used: it copies embeddings and head to
-fp32 (+2 GiB at 7B). The adapter is never merged: in 4 bits most of it would be rounded away.
+QLoRA (arXiv 2305.14314) as built here: the blocks' linear layers in NF4 with double quantisation, embeddings,
+head and norms in bf16, the adapter in fp32 on all linear layers but the head, without dropout, so that
+sampler and scorer see one network in any mode. PEFT's `prepare_model_for_kbit_training` is not used: it
+copies embeddings and head to fp32 (+2 GiB at 7B). The adapter is never merged: in 4 bits most of it would be
+rounded away.
 """
 import contextlib
 import logging
@@ -19,22 +21,23 @@ from pathlib import Path
 import requests
 import torch
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # peft imports it; on the CPU it misses a hub kernel
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses a CPU kernel
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)     # peft asks by an old name
 from peft import LoraConfig, PeftModel, get_peft_model          # noqa: E402
 from safetensors import SafetensorError                         # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen2Config  # noqa: E402
+from transformers import (                                      # noqa: E402
+    AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 from tools import UserError                                     # noqa: E402
 
 TINY_DIR = Path(__file__).resolve().parent / "tiny"             # the built-in model, made by tiny.py
 
 
-# --------------------------------------------------------------------------------------------- what depends on size
+# --------------------------------------------------------------------------------------- what depends on size
 @dataclass(frozen=True)
 class Preset:
     """Defaults that go with the size of a model; train.py's flags override them one by one."""
-    prompt: str = "full"            # "full" documents the tools; "short" is what the built-in model was made with
+    prompt: str = "full"        # "full" documents the tools; "short" is what the built-in model was made with
     max_turns: int = 6
     turn_tokens: int = 1024         # sampled tokens a turn
     context_tokens: int = 8192      # prompt and all that is sampled and observed
@@ -52,12 +55,13 @@ class Preset:
     eval_tasks: int = 64            # held-out tasks: of --data in all, of the built-in tasks per family
 
 
-TINY = Preset(prompt="short", max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64, groups=12, steps=50,
-              lr=1e-3, schedule="cosine", minibatches=3, token_budget=2048, eval_every=10, eval_tasks=56)
+TINY = Preset(prompt="short", max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64,
+              groups=12, steps=50, lr=1e-3, schedule="cosine", minibatches=3, token_budget=2048,
+              eval_every=10, eval_tasks=56)
 
 
 def preset_for(parameters: int) -> Preset:
-    """A model below 50 M is treated as the built-in one; among the others, smaller ones bear a larger step."""
+    """Below 50 M parameters it is the built-in model's; among the others, smaller ones bear larger steps."""
     if parameters < 50e6:
         return TINY
     return Preset(lr=5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5)
@@ -80,10 +84,10 @@ def parameter_counts(config) -> tuple[int, int]:
     return linear, config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
-# ----------------------------------------------------------------------------------------------- loading and saving
+# ----------------------------------------------------------------------------------------- loading and saving
 @dataclass
 class Policy:
-    """What is trained. `model` is called like any causal LM of transformers; only its adapter has gradients."""
+    """What is trained. `model` is called like any causal LM; only its adapter has gradients."""
     model: PeftModel
     tokenizer: object
     device: torch.device
@@ -100,14 +104,15 @@ class Policy:
 
 
 def resolve_model(name: str) -> str:
-    """A folder's absolute path, or a hub id. "tiny" is the built-in model; a bare Qwen name its Instruct version."""
+    """A folder's absolute path or a hub id. tiny: the built-in model; a bare Qwen name: its Instruct
+    version."""
     if name == "tiny" or Path(name).is_dir():
         folder = TINY_DIR if name == "tiny" else Path(name).resolve()
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no model: it has no config.json" + " (see tiny.py)" * (name == "tiny"))
+            raise UserError(f"{folder} is no model: it has no config.json")
         return str(folder)
     if re.fullmatch(r"Qwen[\w.]*-[\d.]+B(-Instruct)?", name):
-        plain = name.endswith("-Instruct") or name.startswith("Qwen3")      # Qwen3's plain names are the tuned ones
+        plain = name.endswith("-Instruct") or name.startswith("Qwen3")  # Qwen3's plain ones are tuned
         return f"Qwen/{name}" + ("" if plain else "-Instruct")
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return name
@@ -116,9 +121,10 @@ def resolve_model(name: str) -> str:
 
 
 def offline(name: str) -> bool:
-    """True if `name` is on the hub and the hub cannot be reached, so that only a cached copy can be loaded."""
+    """True if `name` is on the hub, and the hub out of reach: only a cached copy can be loaded."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        Path(name).is_dir() or requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10)
+        Path(name).is_dir() or requests.head(hub, timeout=10)
         return False
     except requests.RequestException:
         return True                 # asked here once: the hub client asks for half a minute, loudly
@@ -138,42 +144,50 @@ HUB_HINT = "Without network, give a local folder (--model DIR) or take the built
 
 def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The frozen base in `dtype`, its blocks in NF4 if asked. Weights are read from safetensors only."""
-    nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                    bnb_4bit_compute_dtype=dtype)
+    nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                    bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     with readable_errors(f"the model {name}", HUB_HINT):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map={"": device}, use_safetensors=True, attn_implementation="sdpa",
             quantization_config=nf4_config if nf4 else None, local_files_only=offline(name))
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights in the first eval forward, and the next training
-        # forward cannot read them. This is the attribute that it asks before it does so.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    never_repack(model)
     return model.requires_grad_(False)
 
 
+def never_repack(model: torch.nn.Module):
+    """On CPUs with AVX512-BF16 bitsandbytes repacks NF4 weights in the first eval forward, and no training
+    forward can read them afterwards. This is the attribute that it asks before it does so."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
-    """The adapter in `folder`, trainable. UserError if there is none, it is a pickle, or it does not fit the base."""
+    """The adapter in `folder`, trainable. UserError if there is none, it is a pickle, or it does not fit the
+    base."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has no adapter_model.safetensors; adapters in pickles (.bin) are never read")
+        raise UserError(f"{folder} has no adapter_model.safetensors; pickled adapters (.bin) are never read")
     with readable_errors(f"the adapter in {folder}", "Was it made for another model, or is a file damaged?"):
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
-def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, lora_r: int = 16, lora_alpha: int = 32,
-                seed: int = 0, device: str | None = None, dtype: torch.dtype | None = None) -> Policy:
-    """Load `model` (see resolve_model) with the adapter in folder `adapter`, else with a new one drawn from `seed`.
+def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, lora_r: int = 16,
+                lora_alpha: int = 32, seed: int = 0, device: str | None = None,
+                dtype: torch.dtype | None = None) -> Policy:
+    """Load `model` (see resolve_model) with the adapter in folder `adapter`, else with a new one drawn from
+    `seed`.
 
-    quantize: "nf4", "none", or "auto", which is nf4 on a GPU from 1e9 parameters on. dtype: of the base, bf16 on a
-    GPU and fp32 on the CPU unless given. UserError for whatever a user can get wrong.
+    quantize: "nf4", "none", or "auto", which is nf4 on a GPU from 1e9 parameters on. dtype: of the base, bf16
+    on a GPU and fp32 on the CPU unless given. UserError for whatever a user can get wrong.
     """
     name, config = resolve_model(model), model_config(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu, parameters = device.type == "cuda", sum(parameter_counts(config))
     with readable_errors(f"the tokenizer of {name}", HUB_HINT):
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline(name))
+        # tokenizer.json as it is: AutoTokenizer makes a Qwen2 tokenizer anew, and drops the built-in one's splitting
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=offline(name))
     nf4 = quantize == "nf4" or (quantize == "auto" and on_gpu and parameters >= 1e9)
     base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32))
     if adapter is not None:
@@ -182,7 +196,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
         lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = get_peft_model(base, lora)        # fp32; its B is 0, so it begins as the reference policy
+            network = get_peft_model(base, lora)      # fp32; its B is 0, so it begins as the reference policy
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(network.eval(), tokenizer, device, name, preset_for(parameters))
@@ -191,17 +205,18 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
 def save_adapter(policy: Policy, folder: Path):
     """Adapter (safetensors) and tokenizer, for `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.
 
-    The file names the base by hub id, or by absolute path if it is a folder (as the built-in model is). On another
-    machine one names it: `PeftModel.from_pretrained(base, folder)`; `load_policy(model, adapter=folder)` always does.
+    The file names the base by hub id, or by absolute path if it is a folder (as the built-in model is). On
+    another machine one names it: `PeftModel.from_pretrained(base, folder)`; `load_policy(model,
+    adapter=folder)` always does.
     """
     policy.model.peft_config["default"].base_model_name_or_path = policy.name
     policy.model.save_pretrained(folder, save_embedding_layers=False)
     policy.tokenizer.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------- the memory plan
+# -------------------------------------------------------------------------------------------- the memory plan
 GIB = 2**30
-QWEN25 = {  # hidden, MLP, blocks, heads, key heads, vocabulary, tied: to plan and to measure without a download
+QWEN25 = {      # hidden, MLP, blocks, heads, key heads, vocabulary, tied: for plans without a download
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True),
@@ -213,32 +228,35 @@ QWEN25 = {  # hidden, MLP, blocks, heads, key heads, vocabulary, tied: to plan a
 def model_config(model: str):
     """The shape of a model; of the Qwen2.5 family without network."""
     if model in QWEN25:
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size", "tie_word_embeddings")
+        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "vocab_size", "tie_word_embeddings")
         return Qwen2Config(**dict(zip(keys, QWEN25[model])))
     name = resolve_model(model)
     with readable_errors(f"the model {name}", HUB_HINT):
         return AutoConfig.from_pretrained(name, local_files_only=offline(name))
 
 
-def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_r=16) -> dict[str, tuple[float, float]]:
+def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_r: int = 16) -> dict:
     """{part: GiB (while sampling, in the update)} for a base in NF4 or bf16 and an adapter in fp32.
 
     The activations' factors were measured: a test compares them with the bytes that live in a real update.
     """
     linear, embeddings = parameter_counts(config)
-    h, i, v, blocks = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
+    h, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    blocks = config.num_hidden_layers
     # NF4 with double quantisation: 4 bits, for 64 weights an 8-bit scale, for 256 scales an fp32 one
     weights = linear * (0.5 + 1 / 64 + 4 / (64 * 256) if nf4 else 2) + 2 * embeddings
     adapter = blocks * lora_r * sum(a + b for a, b in linear_shapes(config))
     cache = slots * context * blocks * 2 * config.num_key_value_heads * head_size(config) * 2
     one_matrix = 2 * h * i if nf4 else 0                        # dequantised for its product
-    sampling = (1024 + slots) * 12 * i + slots * v * 24 + one_matrix            # a chunk of prompt, fp64 sums of p
+    sampling = (1024 + slots) * 12 * i + slots * v * 24 + one_matrix       # a chunk of prompt, fp64 sums of p
     kept = token_budget * blocks * 2 * h                        # the input of every block
     block = token_budget * (32 * h + 18 * i) + one_matrix       # one block computed again, and its gradients
-    head = min(2**26, token_budget * v) * 8 + token_budget * 8 * h      # two chunks of logits; hidden states twice
-    parts = {"weights": (weights, weights), "adapter, gradients, 8-bit optimiser": (adapter * 6, adapter * 10),
-             "runtime: CUDA context, fragmentation": (1.3 * GIB, 1.3 * GIB), "cache of keys and values": (cache, 0),
+    head = min(2**26, token_budget * v) * 8 + token_budget * 8 * h  # 2 chunks of logits; 2 hidden states
+    parts = {"weights": (weights, weights),
+             "adapter, gradients, 8-bit optimiser": (adapter * 6, adapter * 10),
+             "runtime: CUDA context, fragmentation": (1.3 * GIB, 1.3 * GIB),
+             "cache of keys and values": (cache, 0),
              "activations": (sampling, kept + max(block, head))}
     return {part: (a / GIB, b / GIB) for part, (a, b) in parts.items()}
 
@@ -278,10 +296,11 @@ def fit(model: str, room: float, quantize: str, preset: Preset | None) -> Plan |
 
 
 def plan_memory(model: str, vram: float, quantize: str = "auto", preset: Preset | None = None) -> Plan:
-    """How to use a card of `vram` GiB, keeping 8 % back. UserError, saying what would fit, if the model does not."""
+    """How to use a card of `vram` GiB, keeping 8 % back. UserError, saying what would fit, if the model does
+    not."""
     if plan := fit(model, 0.92 * vram, quantize, preset):
         return plan
-    others = (model, *reversed(QWEN25))
-    fitting = [f"{m} in nf4 with a context of {p.context_tokens}" for m in others if (p := fit(m, 0.92 * vram, "nf4", None))]
-    raise UserError(f"{model} (--quantize {quantize}) does not fit {vram:g} GiB with any context of 2048 tokens or more; "
-                    + (f"{fitting[0]} does" if fitting else "no Qwen2.5 model does"))
+    fitting = [f"{other} in nf4 with a context of {plan.context_tokens} does"
+               for other in (model, *reversed(QWEN25)) if (plan := fit(other, 0.92 * vram, "nf4", None))]
+    raise UserError(f"{model} (--quantize {quantize}) does not fit {vram:g} GiB with a context of 2048 tokens "
+                    f"or more; {(fitting or ['no Qwen2.5 model does'])[0]}")
