@@ -1,16 +1,15 @@
 """From published agent data to a train.jsonl, and what it shares with the benchmark.
 
-    python data.py mat_train.json --files mat_files/ --gaia-dir GAIA --remove-overlap --out train.jsonl
-    python data.py train.jsonl --gaia-dir GAIA --out clean.jsonl --remove-overlap       # any training data of ours
+    python data.py MAT.json --files mat_files/ --gaia-dir GAIA --remove-overlap --out train.jsonl
+    python data.py train.jsonl --gaia-dir GAIA --remove-overlap --out clean.jsonl    # any training data of ours
 
-Owns `read_mat` (question-answer pairs out of MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap` (against
-GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `main`.
+Owns `read_mat` (question-answer pairs out of MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap`
+(against GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `run`.
 
-MAT holds tasks with the trajectory of a GPT-4o agent that solved them; Tool-R1 takes only questions and answers, about
-1,300 of them. How the paper chose its 1,300 is not known to us: the filters here are ours, and each counts what it drops.
-Know before you publish a GAIA figure: the generator of MAT was prompted with questions of GAIA's validation set.
+MAT holds tasks with the trajectory of an agent that solved them; Tool-R1 takes only questions and answers, about
+1,300 of them. How the paper chose its 1,300 is not known to us: the filters here are ours, and each counts what it
+drops. Before you publish a GAIA figure: MAT's generator was prompted with questions of GAIA's validation set.
 """
-import argparse
 import ast
 import json
 import os
@@ -18,37 +17,40 @@ import random
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from reward import clean
 from tasks import Task, read_gaia, read_jsonl
-from tools import UserError
+from tools import OneLineParser, UserError
 from web import ngrams
 
-VOLATILE = re.compile(r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|"
-                      r"right now|real[- ]time|this (?:year|month|week|season)|(?:last|next) (?:year|month|week)|"
-                      r"weather|stock price|exchange rate)\b", re.IGNORECASE)
-ATTACHED = re.compile(r"^(?:attachments?|attached files?|files?|images?)\s*:\s*(.+)$", re.IGNORECASE | re.MULTILINE)
+VOLATILE = re.compile(
+    r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|real[- ]time|"
+    r"(?:this|last|next) (?:year|month|week|season)|weather|stock price|exchange rate)\b", re.IGNORECASE)
+ATTACHED = re.compile(r"^(?:attachments?|attached files?|files?|images?)\s*:\s*(.+)$", re.I | re.M)
 LONGEST_ANSWER = 60                              # characters: what a rule or a short look can check
 
 
-# ------------------------------------------------------------------------------------------------ MAT
+# -------------------------------------------------------------------------------------------------------- MAT
 class Dropped(Exception):
     """A record that gives no training pair; its text is the reason that is counted."""
 
 
 def turns_of(record: dict) -> list[tuple[str, str]]:
-    """(role, text) of a record's conversation, in either of the two common spellings."""
+    """(role, text) of a conversation in either of the two common spellings; role: agent, user or system."""
     turns = record.get("conversations") or record.get("messages") or []
-    return [(str(t.get("role") or t.get("from")), str(t.get("content") or t.get("value") or "")) for t in turns]
+    names = {"assistant": "agent", "gpt": "agent", "user": "user", "human": "user", "system": "system"}
+    return [(names.get(t.get("role") or t.get("from"), "user"), str(t.get("content") or t.get("value") or ""))
+            for t in turns]
 
 
 def answer_of(record: dict, turns: list[tuple[str, str]]) -> str:
-    """The record's answer: a field of its own, else the constant in the last final_answer(...) of the agent's code."""
+    """A field of its own, else the constant in the last final_answer(...) of the agent's code."""
     for key in ("answer", "final_answer", "Final answer"):
         if isinstance(record.get(key), (str, int, float)) and not isinstance(record[key], bool):
             return str(record[key]).strip()
-    calls = re.findall(r"final_answer\((.*)\)", "\n".join(text for role, text in turns if role in ("assistant", "gpt")))
+    calls = re.findall(r"final_answer\((.*)\)", "\n".join(text for role, text in turns if role == "agent"))
     if not calls:
         raise Dropped("no answer")
     try:
@@ -59,9 +61,10 @@ def answer_of(record: dict, turns: list[tuple[str, str]]) -> str:
 
 
 def files_of(record: dict, question: str, folder: Path) -> dict[str, Path]:
-    """name -> file, for the record's images and the files that its question attaches. Dropped if one is not there."""
+    """name -> file, for the record's images and what its question attaches. Dropped if one is not there."""
     listed = record.get("files") or record.get("image") or []
-    names = [listed] if isinstance(listed, str) else list(listed.values() if isinstance(listed, dict) else listed)
+    listed = listed.values() if isinstance(listed, dict) else [listed] if isinstance(listed, str) else listed
+    names = list(listed)
     for line in ATTACHED.findall(question):
         names += [part.strip() for part in re.split("[,;]", line) if part.strip()]
     files = {}
@@ -77,7 +80,7 @@ def files_of(record: dict, question: str, folder: Path) -> dict[str, Path]:
 def pair_of(record: dict, folder: Path) -> Task:
     """The training task in one record. Raises Dropped with the reason if there is none."""
     turns = turns_of(record)
-    asked = record.get("question") or next((text for role, text in turns if role in ("user", "human")), "")
+    asked = record.get("question") or next((text for role, text in turns if role == "user"), "")
     asked = re.sub(r"<image[\w ]*>(?:</image>)?", "", asked)
     question = ATTACHED.sub("", re.split(r"\bTask:\s*", asked)[-1]).strip()
     if not 15 <= len(question) <= 2000:
@@ -87,7 +90,7 @@ def pair_of(record: dict, folder: Path) -> Task:
         raise Dropped("answer not short")
     if VOLATILE.search(question):
         raise Dropped("time-volatile")
-    observed = clean(" ".join(text for role, text in turns[1:] if role not in ("assistant", "gpt", "system")))
+    observed = clean(" ".join([text for role, text in turns if role == "user"][1:]))
     if turns and clean(answer) not in observed:
         raise Dropped("answer not verified")    # it stands in nothing that the agent saw: perhaps made up
     files = files_of(record, asked, folder)
@@ -95,13 +98,14 @@ def pair_of(record: dict, folder: Path) -> Task:
 
 
 def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
-    """(tasks, dropped by reason) of a MAT / MM-Traj file: a JSON list, or one record a line. Duplicates are dropped."""
+    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without duplicates."""
     text = file.read_text("utf-8")
     try:
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(r) for r in text.splitlines() if r.strip()]
+        lines = [line for line in text.splitlines() if line.strip()]
+        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: {error.msg}") from error
-    tasks, dropped, seen = [], Counter(), set()
+    tasks, dropped, seen, ids = [], Counter(), set(), Counter()
     for number, record in enumerate(records):
         try:
             if not isinstance(record, dict):
@@ -109,16 +113,17 @@ def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
             task = pair_of(record, folder)
             if (key := tuple(re.findall(r"\w+", clean(task.question)))) in seen:
                 raise Dropped("duplicate")
-            seen.add(key)
-            tasks.append(Task(task.id or f"mat-{number}", task.question, task.answer, task.files, task.level, task.family))
         except Dropped as reason:
             dropped[str(reason)] += 1
-    ids = Counter(t.id for t in tasks)
-    return [t if ids[t.id] == 1 else Task(f"{t.id}-{i}", t.question, t.answer, t.files, t.level, t.family)
-            for i, t in enumerate(tasks)], dropped
+            continue
+        seen.add(key)
+        name = task.id or f"mat-{number}"
+        ids[name] += 1
+        tasks.append(replace(task, id=name if ids[name] == 1 else f"{name}-{number}"))
+    return tasks, dropped
 
 
-# ------------------------------------------------------------------------------------------------ overlap with GAIA
+# ------------------------------------------------------------------------------------------ overlap with GAIA
 def entities(text: str) -> set[str]:
     """Names and numbers: capitalised words that do not begin a sentence, and everything with a digit."""
     names = re.findall(r"(?<![.?!:] )(?<!^)\b[A-Z][\w'-]+", text)
@@ -126,7 +131,7 @@ def entities(text: str) -> set[str]:
 
 
 def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
-    """task id -> why it may give the exam away: a shared 8-gram, or (nearly) the same names with or without the answer."""
+    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same answer."""
     exam_grams = {gram: e.id for e in exam for gram in ngrams(e.question)}
     known = [(e.id, entities(e.question), clean(e.answer)) for e in exam]
     flagged: dict[str, list[str]] = {}
@@ -148,8 +153,8 @@ def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------------------ the command
 def line_of(task: Task, folder: Path) -> str:
     files = [os.path.relpath(file, folder) for file in task.files.values()]
-    return json.dumps({"id": task.id, "question": task.question, "answer": task.answer, "files": files, "level": task.level,
-                       "family": task.family}, ensure_ascii=False) + "\n"
+    return json.dumps({"id": task.id, "question": task.question, "answer": task.answer, "files": files,
+                       "level": task.level, "family": task.family}, ensure_ascii=False) + "\n"
 
 
 def is_ours(file: Path) -> bool:
@@ -167,7 +172,10 @@ def run(args) -> None:
         raise UserError(f"{args.data}: no such file")
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already, and nothing is overwritten")
-    tasks, dropped = (read_jsonl(args.data), Counter()) if is_ours(args.data) else read_mat(args.data, args.files or args.data.parent)
+    if is_ours(args.data):
+        tasks, dropped = read_jsonl(args.data), Counter()
+    else:
+        tasks, dropped = read_mat(args.data, args.files or args.data.parent)
     total = len(tasks) + dropped.total()
     flagged = overlap(tasks, read_gaia(args.gaia_dir)) if args.gaia_dir else {}
     if args.remove_overlap:
@@ -182,19 +190,15 @@ def run(args) -> None:
         raise UserError(f"{args.data}: nothing is left of {total} records: {dict(dropped)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("".join(line_of(t, args.out.resolve().parent) for t in tasks), "utf-8")
-    report = {"source": str(args.data), "seed": args.seed, "read": total, "kept": len(tasks), "dropped": dropped,
-              "flagged": flagged, "ids": [t.id for t in tasks]}
+    report = {"source": str(args.data), "seed": args.seed, "read": total, "kept": len(tasks),
+              "dropped": dropped, "flagged": flagged, "ids": [t.id for t in tasks]}
     Path(f"{args.out}.report.json").write_text(json.dumps(report, indent=1))
     print(f"{total} records read, {len(tasks)} kept -> {args.out}")
     for reason, count in dropped.most_common():
         print(f"  dropped {count:6d}  {reason}")
-    checked = f"{len(flagged)} share something with GAIA" if args.gaia_dir else "not checked against GAIA (--gaia-dir)"
-    print(f"  {checked}{', removed' if args.remove_overlap else ''}; ids and reasons in {args.out}.report.json")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (python data.py --help lists the flags)")
+    checked = f"{len(flagged)} share something with GAIA" if args.gaia_dir else "not checked against GAIA"
+    removed = ", removed" if args.remove_overlap else ""
+    print(f"  {checked}{removed}; ids and reasons in {args.out}.report.json")
 
 
 def main(argv=None) -> int:

@@ -1,22 +1,21 @@
 """Evaluation on GAIA, or without access to it on an offline set of the same format.
 
-    python eval_gaia.py --ckpt out/                                  # the offline set
-    python eval_gaia.py --ckpt out/ --gaia-dir GAIA                  # the benchmark, 165 questions of validation
+    python eval_gaia.py --ckpt out/                             # the offline set
+    python eval_gaia.py --ckpt out/ --gaia-dir GAIA             # the benchmark: 165 questions of validation
     python eval_gaia.py --model Qwen2.5-7B --gaia-dir GAIA --out base
-    python eval_gaia.py --compare base out_eval                      # paired: which questions were gained and lost
+    python eval_gaia.py --compare base eval_out                 # paired: which questions were gained and lost
 
-Owns choosing questions and settings, running them through the very `rollout` that training uses, resuming, and what is
-said about the results. Everything is written to --out: settings.json, trajectories.jsonl (one line a question and
-sample), results.json, and with --export the leaderboard's submission.jsonl.
+Owns choosing questions and settings, running them through the very `rollout` that training uses, resuming, and
+what is said about the results. --out holds settings.json, trajectories.jsonl (one line a question and sample),
+results.json, and with --export the leaderboard's submission.jsonl.
 
-Read in this order: `evaluate` (the loop), `record_of` and `category_of` (what is noted of one trajectory), `summary`
-(the figures), `compare`, then the settings and the command line.
+Read in this order: `evaluate` (the loop), `record_of` and `category_of` (what is noted of one trajectory),
+`summary` (the figures), `compare`, then the settings and the command line.
 
-Rules: the official score decides; heuristic and LLM stand beside it. Denominators are the questions chosen, whatever
-happened to them. Failures of the host are retried and never counted as an answer; what never ran counts as missing, and
-wrong. The test split has no answers here: it is exported, not scored.
+Rules: the official score decides; heuristic and LLM stand beside it. Denominators are the questions chosen,
+whatever happened to them. What the host broke is retried and never counted as an answer; if it stays broken it is
+missing, and wrong. The test split has no answers here: it is exported, not scored.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -35,15 +34,17 @@ from policy import Policy, load_policy
 from reward import Judge, Reward, clean, compute_rewards, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
-from tools import NEEDS, Call, Tool, UserError, load_tools, open_web, preflight, prompt_text
+from tools import (NEEDS, Call, OneLineParser, Tool, UserError, load_tools, open_web, preflight,
+                   prompt_text)
 from web import Web
 
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions of GAIA's validation split, by level
+ACCESS = "https://huggingface.co/datasets/gaia-benchmark/GAIA"
 HIDDEN = "?"                                     # stands for the answers of the test split
 RETRIES = 2                                      # further rounds for what the host broke
 
 
-# ------------------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------------------------------- statistics
 def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval for a share (95 %)."""
     if n == 0:
@@ -54,7 +55,7 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, of n of which `right` are (Chen et al. 2021, arXiv 2107.03374)."""
+    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv 2107.03374)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -71,7 +72,7 @@ def paired_bootstrap(differences: list[float], rounds: int = 10_000, seed: int =
     return means[int(0.025 * rounds)], means[int(0.975 * rounds) - 1]
 
 
-# ------------------------------------------------------------------------------------------------ one trajectory
+# --------------------------------------------------------------------------------------------- one trajectory
 def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, loosely_right: bool) -> str:
     """What became of one trajectory: "right", or the first of the ways to fail that applies."""
     text = "\n".join(step.observation for step in t.steps)
@@ -86,8 +87,10 @@ def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, lo
         ("blocked", "blocked" in kinds), ("tool_unavailable", absent),
         ("repeated_call", bool(repeated) and repeated[0][1] >= 3),
         ("timeout", bool(statuses & {"timeout", "killed"}) or "timeout" in kinds),
-        ("syntax", last is not None and "SyntaxError" in last.observation), ("runtime", last is not None and last.status == "error"),
-        ("context_limit", t.stop_reason in ("context_limit", "length")), ("step_limit", t.stop_reason == "turn_limit")]
+        ("syntax", last is not None and "SyntaxError" in last.observation),
+        ("runtime", last is not None and last.status == "error"),
+        ("context_limit", t.stop_reason in ("context_limit", "length")),
+        ("step_limit", t.stop_reason == "turn_limit")]
     return next((name for name, applies in ways if applies), "no_answer")
 
 
@@ -96,17 +99,19 @@ def record_of(task: Task, t: Trajectory, calls: list[Call], reward: Reward) -> d
     rule = heuristic_judge(task.question, task.answer, t.answer)
     official = reward.official and task.answer != HIDDEN
     return {
-        "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
+        "task_id": task.id, "sample": t.sample, "level": task.level,
+        "question": task.question, "gold": task.answer,
         "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
         "answer": t.answer, "official": official, "heuristic": rule,
         "llm": bool(reward.answer) if reward.source == "llm" else None,
         "category": category_of(task, t, calls, official, rule == "right" or reward.answer == 1),
-        "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2), "tool_calls": len(calls),
-        "cache_hits": sum(c.hits for c in calls), "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls),
+        "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
+        "tool_calls": len(calls), "cache_hits": sum(c.hits for c in calls),
+        "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls),
         "trajectory": t.to_dict()}
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# --------------------------------------------------------------------------------------------------- the loop
 @dataclass
 class Evaluation:
     """What an evaluation works with."""
@@ -124,10 +129,9 @@ class Evaluation:
 
 
 def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
-    """All records, old and new: every (question, sample) that is not on file is rolled out, and written by the chunk."""
+    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the chunk."""
     file = run.out / "trajectories.jsonl"
-    records = {(r["task_id"], r["sample"]): r for r in read_records(file)}
-    file.write_text("".join(json.dumps(r) + "\n" for r in records.values()))    # without the line a kill cut off
+    records = {(r["task_id"], r["sample"]): r for r in read_records(file, cut=True)}
     missing = [(s, t) for s in range(run.samples) for t in run.tasks if (t.id, s) not in records]
     total = len(run.tasks) * run.samples
     if len(missing) < total:
@@ -146,7 +150,7 @@ def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
 
 
 def chunks(missing: list[tuple[int, Task]], size: int):
-    """(sample, at most `size` tasks of that sample, no question twice: calls are told apart by their question)."""
+    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their question."""
     waiting = list(missing)
     while waiting:
         sample, taken, questions = waiting[0][0], [], set()
@@ -160,7 +164,7 @@ def chunks(missing: list[tuple[int, Task]], size: int):
 
 
 def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
-    """One sample of each task -> records. Sample s has a seed of its own, so that any one of them can be made alone."""
+    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made alone."""
     run.log.clear()
     groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
     pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
@@ -168,34 +172,42 @@ def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int
             for (task, t), reward in zip(pairs, compute_rewards(pairs, run.judge))]
 
 
-def read_records(file: Path) -> list[dict]:
-    """The whole lines of a trajectories.jsonl; a last line without its end was cut by a kill."""
+def read_records(file: Path, cut: bool = False) -> list[dict]:
+    """The whole lines of a trajectories.jsonl. A last line without its end is a kill's; cut: remove it."""
     if not file.exists():
         return []
-    lines = file.read_text("utf-8").split("\n")[:-1]
+    data = file.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    if cut and len(whole) < len(data):
+        os.truncate(file, len(whole))
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in whole.splitlines()]
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not a file of eval_gaia.py: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------ what is said
+# ----------------------------------------------------------------------------------------------- what is said
+def right_by(r: dict) -> tuple[bool, bool | None, bool | None]:
+    """A record by the official rule, the heuristic and the LLM; None: unsure, or not asked."""
+    return r["official"], None if r["heuristic"] == "unsure" else r["heuristic"] == "right", r["llm"]
+
+
 def share(records: list[dict]) -> dict:
-    """Mean over questions of the share of samples that is right: by the official rule with a Wilson interval over
-    questions, and beside it by the heuristic and by heuristic and LLM together."""
+    """Mean over questions of the share of samples that is right: official with a Wilson interval over questions,
+    heuristic (unsure is wrong), and heuristic with the LLM where that was unsure."""
     by_task = defaultdict(list)
     for r in records:
-        by_task[r["task_id"]].append((r["official"], r["heuristic"] == "right", r["llm"] or r["heuristic"] == "right"))
+        official, heuristic, llm = right_by(r)
+        by_task[r["task_id"]].append((official, bool(heuristic), bool(llm if heuristic is None else heuristic)))
     n = len(by_task)
-    official, heuristic, llm = (fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0
-                                for i in range(3))
-    return {"accuracy": official, "n": n, "wilson95": wilson(official * n, n), "heuristic": heuristic, "llm": llm}
+    means = [fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0 for i in range(3)]
+    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n), "heuristic": means[1], "llm": means[2]}
 
 
 def agreement(records: list[dict]) -> dict:
-    """How often each pair of opinions agrees, over the records where both have one; None where there are none."""
-    views = [(r["official"], None if r["heuristic"] == "unsure" else r["heuristic"] == "right", r["llm"]) for r in records]
-    names, result = ("official", "heuristic", "llm"), {"unsure": sum(v[1] is None for v in views)}
+    """How often each pair of opinions agrees, over the records where both have one."""
+    views, names = [right_by(r) for r in records], ("official", "heuristic", "llm")
+    result = {"unsure": sum(v[1] is None for v in views)}
     for i, j in ((0, 1), (0, 2), (1, 2)):
         both = [v[i] == v[j] for v in views if v[i] is not None and v[j] is not None]
         result[f"{names[i]} and {names[j]}"] = {"agree": fmean(both) if both else None, "n": len(both)}
@@ -213,31 +225,35 @@ def vote(records: list[dict]) -> bool:
 
 def summary(records: list[dict], samples: int) -> dict:
     """results.json: the official accuracy first, then everything beside it."""
-    def table(key):
-        return {value: share([r for r in records if r[key] == value]) for value in sorted({r[key] for r in records})}
-    by_task = defaultdict(list)
+    by_task, tables = defaultdict(list), {"level": {}, "attachment": {}}
     for r in records:
         by_task[r["task_id"]].append(r)
-    result = {**share(records), "levels": table("level"), "attachments": table("attachment"),
-              "text_only": share([r for r in records if r["attachment"] == "none"]), "agreement": agreement(records),
-              "missing": sum(r["answer"] is None for r in records), "categories": Counter(r["category"] for r in records),
-              "mean": {k: fmean(r[k] for r in records) for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
+    for key, table in tables.items():
+        for value in sorted({r[key] for r in records}):
+            table[value] = share([r for r in records if r[key] == value])
+    result = {
+        **share(records), "levels": tables["level"], "attachments": tables["attachment"],
+        "text_only": share([r for r in records if r["attachment"] == "none"]),
+        "agreement": agreement(records), "llm_asked": sum(r["llm"] is not None for r in records),
+        "missing": sum(r["answer"] is None for r in records),
+        "categories": Counter(r["category"] for r in records),
+        "mean": {k: fmean(r[k] for r in records)
+                 for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
     if samples > 1:
         right = [sum(r["official"] for r in group) for group in by_task.values()]
-        result["pass_at_k"] = {k: fmean(pass_at_k(samples, c, k) for c in right)
-                               for k in sorted({1, samples, *(2 ** i for i in range(1, 10) if 2 ** i < samples)})}
+        ks = sorted({1, samples, *(2 ** i for i in range(1, 10) if 2 ** i < samples)})
+        result["pass_at_k"] = {k: fmean(pass_at_k(samples, c, k) for c in right) for k in ks}
         result["maj_at_k"] = {samples: fmean(vote(group) for group in by_task.values())}
     return result
 
 
-def line(name: str, s: dict) -> str:
-    low, high = s["wilson95"]
-    return (f"  {name:<24}{s['n']:5d}{100 * s['accuracy']:8.1f} %  [{100 * low:4.1f}, {100 * high:5.1f}]"
-            f"{100 * s['heuristic']:10.1f} %{100 * s['llm']:8.1f} %")
-
-
 def printed(result: dict, samples: int) -> str:
     """The tables, as text."""
+    def line(name: str, s: dict) -> str:
+        low, high = s["wilson95"]
+        llm = f"{100 * s['llm']:8.1f} %" if result["llm_asked"] else "         -"
+        return (f"  {name:<24}{s['n']:5d}{100 * s['accuracy']:8.1f} %  [{100 * low:4.1f}, {100 * high:5.1f}]"
+                f"{100 * s['heuristic']:10.1f} %{llm}")
     lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic    + LLM", line("all", result)]
     lines += [line(f"level {k}", v) for k, v in result["levels"].items()]
     lines += [line(f"attachment {k}", v) for k, v in result["attachments"].items()]
@@ -246,11 +262,12 @@ def printed(result: dict, samples: int) -> str:
         lines += [f"  pass@{k} {100 * v:.1f} %" for k, v in result["pass_at_k"].items()]
         lines += [f"  maj@{k} {100 * v:.1f} %" for k, v in result["maj_at_k"].items()]
     pairs = {k: v for k, v in result["agreement"].items() if k != "unsure" and v["n"]}
-    lines += [f"agreement ({result['agreement']['unsure']} unsure): "
-              + "; ".join(f"{k} {100 * v['agree']:.1f} % of {v['n']}" for k, v in pairs.items()),
-              "what became of them: " + ", ".join(f"{k} {v}" for k, v in Counter(result["categories"]).most_common()),
-              f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())]
-    return "\n".join(lines)
+    categories = Counter(result["categories"]).most_common()
+    return "\n".join([
+        *lines, f"agreement ({result['agreement']['unsure']} unsure): "
+        + "; ".join(f"{k} {100 * v['agree']:.1f} % of {v['n']}" for k, v in pairs.items()),
+        "what became of them: " + ", ".join(f"{k} {v}" for k, v in categories),
+        f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
 
 
 def compare(base: Path, trained: Path) -> dict:
@@ -273,10 +290,10 @@ def compare(base: Path, trained: Path) -> dict:
     differences = [fmean(b[t]) - fmean(a[t]) for t in sorted(a)]
     return {"n": len(a), "base": fmean(map(fmean, a.values())), "trained": fmean(map(fmean, b.values())),
             "difference": fmean(differences), "bootstrap95": paired_bootstrap(differences),
-            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost))}    # of the first samples
+            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost))}    # by first samples
 
 
-# ------------------------------------------------------------------------------------------------ settings, command line
+# ------------------------------------------------------------------------------------- settings, command line
 def choose_tasks(args, out: Path, difficulty: int) -> tuple[list[Task], str]:
     """(the questions, where they come from)."""
     if args.gaia_dir is None:
@@ -301,8 +318,8 @@ def hub_copy() -> str:
     try:
         return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
     except (HfHubHTTPError, OSError) as error:
-        raise UserError("GAIA cannot be fetched: ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA "
-                        f"(given at once), then `hf auth login` or HF_TOKEN=...: {type(error).__name__}") from error
+        raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {ACCESS} (given at "
+                        "once), then `hf auth login` or HF_TOKEN=...") from error
 
 
 def inherited(ckpt: Path | None) -> dict:
@@ -337,13 +354,8 @@ def settle_out(out: Path, settings: dict) -> None:
     stored.write_text(json.dumps(settings, indent=1))
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (python eval_gaia.py --help lists the flags)")
-
-
 def parse_args(argv=None):
-    p = OneLineParser(prog="eval_gaia.py", allow_abbrev=False, description="Evaluate on GAIA, or on an offline set.")
+    p = OneLineParser(prog="eval_gaia.py", allow_abbrev=False, description="Evaluate on GAIA or an offline set.")
     p.add_argument("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
     p.add_argument("--model", help="model to evaluate; without --ckpt the base model, untrained")
     p.add_argument("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
@@ -352,19 +364,28 @@ def parse_args(argv=None):
     p.add_argument("--ids", nargs="+", help="task_ids")
     p.add_argument("--text-only", action="store_true", help="only the questions without an attachment")
     p.add_argument("--limit", type=int, help="the first N questions")
-    p.add_argument("--samples", type=int, default=1, help="samples a question; more than 1 are drawn at temperature 1")
+    p.add_argument("--samples", type=int, default=1, help="samples a question")
     p.add_argument("--temperature", type=float, help="default: 0 for one sample, else 1")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=Path("eval_out"))
     p.add_argument("--quantize", choices=["auto", "none", "nf4"])
-    p.add_argument("--judge", default="heuristic", help="heuristic, local or URL: shown beside the official score")
+    p.add_argument("--judge", default="heuristic", help="heuristic, local or URL; beside the official score")
     p.add_argument("--judge-model")
-    p.add_argument("--tools", help="my_tools.py: your own, beside the built-in ones; default: what training had")
+    p.add_argument("--tools", help="my_tools.py: beside the built-in ones; default: what training had")
     p.add_argument("--cache", default="live", help="live, record[:FILE] or replay[:FILE]; FILE: web.sqlite")
     p.add_argument("--sandbox", default="auto", help="auto, bwrap or none")
     p.add_argument("--export", action="store_true", help="write submission.jsonl for the leaderboard")
-    p.add_argument("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="two evaluations, paired")
-    return p.parse_args(argv)
+    p.add_argument("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="two evaluations")
+    args = p.parse_args(argv)
+    if args.samples < 1:
+        raise UserError("--samples: at least 1")
+    return args
+
+
+def choose_tools(spec: str | None, small: bool, web: Web) -> list[Tool]:
+    """The built-in tools (small: those of the built-in tasks, else the web's), then the user's own files of `spec`."""
+    own = ",".join(part for part in (spec or "").split(",") if part != "web")
+    return (BUILTIN_TOOLS if small else load_tools("web", web)) + load_tools(own, web)
 
 
 def prepare(args) -> tuple[Evaluation, dict]:
@@ -372,20 +393,20 @@ def prepare(args) -> tuple[Evaluation, dict]:
     run = inherited(args.ckpt)
     model = args.model or run.get("config", run).get("model", "tiny")
     policy = load_policy(model, args.quantize or run.get("quantize", "auto"), adapter=args.ckpt)
-    known = run.get("sampling") or {f: getattr(policy.preset, f) for f in
-                                    ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")}
+    limits = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+    known = run.get("sampling") or {name: getattr(policy.preset, name) for name in limits}
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
     sampling = Sampling(**{**known, "temperature": temperature})
     web, log = open_web(args.cache), []
     small = args.gaia_dir is None or policy.preset.prompt == "short"    # the built-in model knows no other tools
-    own = load_tools(args.tools or run.get("tools"), web)
-    tools = [replace(t, log=log) for t in (BUILTIN_TOOLS if small else load_tools("web", web)) + own]
-    settings = {"model": policy.name, "adapter": file_hash(args.ckpt), "sampling": asdict(sampling), "seed": args.seed,
-                "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
-                "data": args.gaia_dir or "offline", "split": args.split, "judge": [args.judge, args.judge_model],
-                "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
-    return Evaluation(policy, [], tools, log, web, Judge(args.judge, args.judge_model, policy, web.cache), sampling,
-                      args.samples, args.seed, args.out), settings
+    tools = [replace(t, log=log) for t in choose_tools(args.tools or run.get("tools"), small, web)]
+    settings = {
+        "model": policy.name, "adapter": file_hash(args.ckpt), "sampling": asdict(sampling), "seed": args.seed,
+        "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
+        "data": args.gaia_dir or "offline", "split": args.split, "judge": [args.judge, args.judge_model],
+        "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
+    judge = Judge(args.judge, args.judge_model, policy, web.cache)
+    return Evaluation(policy, [], tools, log, web, judge, sampling, args.samples, args.seed, args.out), settings
 
 
 def announce(run: Evaluation, source: str, sandbox: str) -> None:
@@ -393,15 +414,15 @@ def announce(run: Evaluation, source: str, sandbox: str) -> None:
     n = len(run.tasks) * run.samples
     if source == "offline":
         print("No --gaia-dir: this is the offline set of held-out built-in tasks in GAIA's format, NOT GAIA.\n"
-              "GAIA: --gaia-dir hub with access from https://huggingface.co/datasets/gaia-benchmark/GAIA")
+              f"For GAIA: --gaia-dir hub, with access from {ACCESS}")
     else:
         for t, why in preflight(run.web):
             print(f"  {t.name:<12} {'live' if not why else 'left out: ' + why}")
-        most = 0 if run.web.cache.mode == "replay" else n * run.sampling.max_turns
-        print(f"  web calls: about {most} if every turn makes one ({n} trajectories, {run.sampling.max_turns} turns)"
-              if most else "  web calls: none, the web is replayed")
-    print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, temperature {run.sampling.temperature}, "
-          f"sandbox {sandbox}, cache {run.web.cache.mode}, tools {', '.join(t.name for t in run.tools)}")
+        turns = run.sampling.max_turns
+        print("  web calls: none, the web is replayed" if run.web.cache.mode == "replay" else
+              f"  web calls: about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)")
+    print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, sandbox {sandbox}, temperature "
+          f"{run.sampling.temperature}, cache {run.web.cache.mode}, tools {', '.join(t.name for t in run.tools)}")
 
 
 def main(argv=None) -> int:
@@ -414,7 +435,8 @@ def main(argv=None) -> int:
         with Executor(args.sandbox) as executor:
             run, settings = prepare(args)
             settle_out(args.out, settings)
-            run.tasks, source = choose_tasks(args, args.out, inherited(args.ckpt).get("config", {}).get("difficulty", 0))
+            difficulty = inherited(args.ckpt).get("config", {}).get("difficulty", 0)
+            run.tasks, source = choose_tasks(args, args.out, difficulty)
             announce(run, source, executor.sandbox)
             records = evaluate(run, executor)
         finish(args, run, records, source)
@@ -435,7 +457,7 @@ def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
              "reasoning_trace": "\n".join(s["text"] for s in r["trajectory"]["steps"])}) + "\n"
             for r in records if r["sample"] == 0))
     if any(r["gold"] == HIDDEN for r in records):
-        print(f"the answers of this split are hidden: nothing is scored; see {args.out}/submission.jsonl (--export)")
+        print(f"this split's answers are hidden: nothing is scored; --export writes {args.out}/submission.jsonl")
         return
     result = {**summary(records, run.samples), "data": source, "cache": run.web.cache.digest(),
               "cache_counts": run.web.cache.counts, "benchmark_pages_dropped": run.web.counts["benchmark"]}

@@ -9,6 +9,7 @@ sandbox is checked against the type hints before the function sees it. The built
 into a rollout: what goes wrong is returned as `ERROR[kind]: ...`, for the model to read. How they reach the web, and
 what they may not reach, is in web.py.
 """
+import argparse
 import base64
 import builtins
 import hashlib
@@ -35,6 +36,13 @@ from web import AGENT, BENCHMARKS, Cache, Web, WebError, bearer, chat, holds_ben
 
 class UserError(Exception):
     """Bad input from the user: the command lines print its text in one line and exit with status 2."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose errors are UserErrors."""
+
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists the flags)")
 
 
 class ToolError(Exception):
@@ -173,7 +181,7 @@ def tool(function: Callable) -> Tool:
     return Tool(name, function, f"{name}{signature}: {docstring}", signature, context)
 
 
-# ------------------------------------------------------------------------------------------------ pages and files
+# -------------------------------------------------------------------------------------------- pages and files
 PAGE = 8000                              # characters of a page of text, about 2,000 tokens
 SEARCHES = {                             # in the order of preference: key or address in the environment, API
     "serper": ("SERPER_API_KEY", "https://google.serper.dev/search"),
@@ -289,7 +297,7 @@ def search_request(backend: str, web: Web, query: str, k: int, year: int, site: 
             ("title", "title", "snippet"))
 
 
-# ------------------------------------------------------------------------------------------------ the nine tools
+# --------------------------------------------------------------------------------------------- the nine tools
 @tool
 def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site: str = "") -> str:
     """Search the web: the k best hits with title, address and text. year, site: restrict to them if given."""
@@ -413,7 +421,7 @@ def transcribe(context: ToolContext, path: str) -> str:
         files={"file": (PurePosixPath(path).name, body)})
 
 
-# ------------------------------------------------------------------------------------------------ which tools a run has
+# -------------------------------------------------------------------------------------- which tools a run has
 READERS = ["markitdown", "pypdf", "openpyxl"]
 NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variables of the environment
     (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []), (archive, READERS, []),

@@ -55,7 +55,7 @@ def test_every_drop_is_counted_by_reason(tmp_path):
 def test_equal_ids_are_told_apart(tmp_path):
     file = tmp_path / "mat.jsonl"
     file.write_text("".join(json.dumps(record(question=f"How many {c} cars are there?")) + "\n" for c in ("red", "blue")))
-    assert [t.id for t in read_mat(file, tmp_path)[0]] == ["m1-0", "m1-1"]
+    assert [t.id for t in read_mat(file, tmp_path)[0]] == ["m1", "m1-1"]
 
 
 EXAM = [Task("g1", "If Eliud Kipchoge could maintain his record-making marathon pace indefinitely, how many hours?", "17"),
