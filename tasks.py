@@ -1,22 +1,24 @@
 """Tasks: questions with exact answers, built in or read from files.
 
-Owns `Task`, the built-in task families with their offline world and its three tools, and the readers and writers of
-task files.  Knows nothing of prompts, models or rewards.
+Owns `Task`, the built-in task families with their offline world and its three tools, and the readers and writers
+of task files. Knows nothing of prompts, models or rewards.
 
 Reading order: Task -> the world (`fact`, the tools) -> Draw and the families -> builtin_tasks -> files.
 
-The world is a made-up atlas.  Every fact is a function of the entity's name alone (a hash), so there are as many
-entities as names, the store needs no file, and no fact depends on the seed of a run. The hash also puts every name
-and every number on one of two sides: training tasks are made of one side, held-out tasks of the other. A town's
-relations and figures lie on the town's side, so the splits share neither entities nor values, and no prompt holds
-an answer.
+The world is a made-up atlas. Every fact is a function of the entity's name alone (a hash), so there are as many
+entities as names, the store needs no file, and no fact depends on the seed of a run. The hash also puts every
+name and number on one of two sides: training tasks are made of one side, held-out tasks of the other. A town's
+relations and figures lie on the town's side, so the splits share neither entities nor values, and no prompt
+holds an answer.
 
-Families: CORE are learnable by the built-in tiny model; HARD (arithmetic and dates in ranges that training never shows,
-which of several is largest) are mostly beyond it, and are trained on and reported all the same.
+Families: CORE are learnable by the built-in tiny model. HARD (arithmetic and dates in ranges that training never
+shows, which of several is largest) are mostly beyond it, and are trained on and reported all the same.
 
-The difficulty dial: 0 is for the tiny model (one to three steps). For models that can read, each notch d from 1 to 3
-puts a link "the twin town of" before every town, adds terms to sums, 30 rows and two distractor columns to tables, and
-tables are asked by condition; from 2 on they have empty cells.
+The difficulty dial: 0 is for the tiny model (one to three steps). For models that can read, each notch from 1 to
+3 puts a link "the twin town of" before every town, adds terms to sums, 30 rows and two distractor columns to
+tables, and tables are asked by condition; from 2 on they have empty cells.
+
+Departure from the paper, which trains on MAT only: these tasks are ours, so that the method runs without network.
 """
 import csv
 import hashlib
@@ -43,15 +45,17 @@ class Task:
     family: str = ""
 
 
-# ----------------------------------------------------------------------------------------------------- the world
+# --------------------------------------------------------------------------------------------------- the world
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 SYLLABLE = "(?:[bdfgklmnprstvz][aeiou])"
 TOWN = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}{{2}}")                                    # Kavodu
 PERSON = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE} (?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}")    # Mira Kobe
-FIELDS = {"population": (1_000, 999_999), "area": (10, 9_999), "elevation": (10, 2_999), "rainfall": (100, 2_999)}
+FIELDS = {"population": (1_000, 999_999), "area": (10, 9_999), "elevation": (10, 2_999),
+          "rainfall": (100, 2_999)}                                         # the lowest and the highest figure
 UNITS = {"m": ("length", 1.0), "ft": ("length", 0.3048), "yd": ("length", 0.9144), "km": ("length", 1000.0),
          "kg": ("mass", 1.0), "lb": ("mass", 0.45359237), "oz": ("mass", 0.028349523125), "g": ("mass", 0.001)}
+COLUMNS = ("price", "stock", "weight", "size", "age", "rank", "score", "volume")
 SPLITS = ("train", "heldout")
 
 
@@ -95,8 +99,8 @@ def fact(name: str, field: str):
 
 @tool
 def lookup(name: str, field: str) -> int | str | list:
-    """One fact of the atlas. A town has population, area, elevation, rainfall, twin (the name of its twin town) and
-    tower (its height, as [number, unit]). A person, named in full, has born (a year) and home (a town)."""
+    """One fact of the atlas. A town has population, area, elevation, rainfall, twin (the name of its twin town)
+    and tower (its height, as [number, unit]). A person, named in full, has born (a year) and home (a town)."""
     if field == "mayor":
         raise ToolError("the atlas does not know mayors; search for them")
     return fact(name, field)
@@ -112,7 +116,8 @@ def search(query: str) -> str:
 
 @tool
 def convert(value: float, source: str, target: str) -> float:
-    """A value in the source unit converted to the target unit, to 2 decimals. Units: m, ft, yd, km, kg, lb, oz, g."""
+    """A value in the source unit converted to the target unit, rounded to 2 decimals.
+    Units: m, ft, yd, km, kg, lb, oz, g."""
     if source not in UNITS or target not in UNITS:
         raise ToolError(f"unknown unit; units: {', '.join(UNITS)}")
     (kind, factor), (target_kind, target_factor) = UNITS[source], UNITS[target]
@@ -124,7 +129,7 @@ def convert(value: float, source: str, target: str) -> float:
 BUILTIN_TOOLS = [lookup, search, convert]
 
 
-# -------------------------------------------------------------------------------------------------- the families
+# ------------------------------------------------------------------------------------------------ the families
 
 
 @dataclass
@@ -151,7 +156,7 @@ class Draw:
         return fresh(self.rng, self.side, lambda rng: rng.randrange(low, high))
 
     def place(self, links: int | None = None) -> tuple[str, str, str]:
-        """(how the question names it, the town meant, the town named): `links` twin towns away, default difficulty."""
+        """(how the question names it, the town meant, the town named); `links` twin towns lie between."""
         links = self.difficulty if links is None else links
         town = named = self.town()
         for _ in range(links):
@@ -161,8 +166,9 @@ class Draw:
     def table(self) -> tuple[list[str], list[dict], dict[str, bytes]]:
         """(columns, rows, files): shop.csv with 4 + 30 d items and 2 + 2 d columns of distinct numbers."""
         d, size = self.difficulty, 4 + 30 * self.difficulty
-        columns = self.rng.sample(("price", "stock", "weight", "size", "age", "rank", "score", "volume"), 2 + 2 * d)
-        values = {c: self.rng.sample([v for v in range(10, 100 + 900 * d) if side(v) == self.side], size) for c in columns}
+        columns = self.rng.sample(COLUMNS, 2 + 2 * d)
+        numbers = [v for v in range(10, 100 + 900 * d) if side(v) == self.side]
+        values = {c: self.rng.sample(numbers, size) for c in columns}
         rows = [{"item": self.town()} | {c: values[c][i] for c in columns} for i in range(size)]
         if d >= 2:
             for row in rows:
@@ -184,8 +190,9 @@ def draw_lookup(w: Draw) -> Drawn:
     field, places = w.rng.choice(list(FIELDS)), [w.place() for _ in range(1 + w.difficulty)]
     what = f"the {field} of" if len(places) == 1 else f"the sum of the {field} of"
     other = (*FIELDS, *FIELDS)[list(FIELDS).index(field) + 1]
-    return Drawn(f"What is {what} {' and of '.join(p[0] for p in places)}?", sum(fact(p[1], field) for p in places),
-                 1, {"name": places[0][2], "field": field, "other": other})
+    return Drawn(f"What is {what} {' and of '.join(p[0] for p in places)}?",
+                 sum(fact(p[1], field) for p in places), 1,
+                 {"name": places[0][2], "field": field, "other": other})
 
 
 def draw_convert(w: Draw) -> Drawn:
@@ -238,14 +245,15 @@ def draw_mayor(w: Draw) -> Drawn:
 def draw_gap(w: Draw) -> Drawn:
     more, less = sorted((w.place(), w.place()), key=lambda p: -fact(p[1], "population"))
     return Drawn(f"How many more people live in {more[0]} than in {less[0]}?",
-                 fact(more[1], "population") - fact(less[1], "population"), 3, {"name": more[2], "second": less[2]})
+                 fact(more[1], "population") - fact(less[1], "population"), 3,
+                 {"name": more[2], "second": less[2]})
 
 
 def draw_arithmetic(w: Draw) -> Drawn:
-    low, high = (11, 99) if w.side == 0 else (1_001, 99_999)      # held out: a range that training never shows
+    low, high = (11, 99) if w.side == 0 else (1_001, 99_999)    # held out: a range that training never shows
     a, b, *rest = [w.number(low, high) for _ in range(3 + 2 * w.difficulty)]
     text = f"{a} * {b} + " + " - ".join(map(str, rest))
-    return Drawn(f"What is {text}?", a * b + rest[0] - sum(rest[1:]), 1, {"text": text, "a": a, "b": b, "c": rest[0]})
+    return Drawn(f"What is {text}?", a * b + rest[0] - sum(rest[1:]), 1, {"a": a, "b": b, "c": rest[0]})
 
 
 def draw_dates(w: Draw) -> Drawn:
@@ -261,8 +269,10 @@ def draw_dates(w: Draw) -> Drawn:
 def draw_largest(w: Draw) -> Drawn:
     places = [w.place() for _ in range(3 + w.difficulty)]
     best = max(places, key=lambda p: fact(p[1], "population"))
-    return Drawn(f"Which has the largest population: {', '.join(p[0] for p in places)}? Give the town's own name.",
-                 best[1], 2, {f"name{i}": p[2] for i, p in enumerate(places)})
+    text, right = ", ".join(p[0] for p in places), places.index(best)
+    return Drawn(f"Which has the largest population: {text}? Give the town's own name.", best[1], 2,
+                 {f"name{i}": p[2] for i, p in enumerate(places)}
+                 | {"best": right, "worse": (right + 1) % len(places)})
 
 
 CORE_FAMILIES = {"lookup": draw_lookup, "convert": draw_convert, "column": draw_column, "total": draw_total,
@@ -272,16 +282,18 @@ CORE, HARD = tuple(CORE_FAMILIES), tuple(HARD_FAMILIES)
 
 
 def draw(family: str, split: str, rng: random.Random, difficulty: int = 0) -> Drawn:
-    """One question of a family with its answer and slots. The world decides the facts, `rng` only what is asked."""
+    """One question of a family with answer and slots. The world decides the facts, `rng` only what is asked."""
     return (CORE_FAMILIES | HARD_FAMILIES)[family](Draw(rng, SPLITS.index(split), difficulty))
 
 
 def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE + HARD,
                   difficulty: int = 0) -> list[Task]:
-    """n tasks, the families in turn. split: "train" or "heldout", which share no entity; difficulty: see the top."""
+    """n tasks, the families in turn; the same arguments give the same tasks. split: "train" or "heldout", which
+    share no entity; difficulty: 0 to 3, see the top. UserError for what does not exist."""
     families, tasks = tuple(families), []
-    if split not in SPLITS or not families or not set(families) <= {*CORE, *HARD} or difficulty not in range(4):
-        raise UserError(f"built-in tasks: no such split, family or difficulty: {split}, {families}, {difficulty}")
+    known = split in SPLITS and families and set(families) <= {*CORE, *HARD} and difficulty in range(4)
+    if not known:
+        raise UserError(f"no such built-in tasks: split {split}, families {families}, difficulty {difficulty}")
     for i in range(n):
         family = families[i % len(families)]
         name = f"{split}-{family}-{i // len(families):04d}"
@@ -294,28 +306,43 @@ def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE 
 # ------------------------------------------------------------------------------------------------------- files
 
 
+def read_rows(file: Path) -> list[tuple[int, dict]]:
+    """(line number, record) of a jsonl or parquet file. UserError with file and line for what is malformed."""
+    if file.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"{file}: parquet needs pyarrow: pip install -r requirements-gaia.txt") from error
+        return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [(number, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{number}: no JSON: {error}") from error
+    return rows
+
+
 def read_jsonl(path: Path | str) -> list[Task]:
-    """Tasks from lines {"id", "question", "answer", "files", "level"}; files (a list) lie relative to the JSONL file.
+    """Tasks of lines {"id", "question", "answer", "files", "level"}; files: paths relative to the JSONL file.
 
     UserError with file and line for what is malformed, duplicate or missing.
     """
-    path, tasks, seen = Path(path), [], {}
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    tasks, lines = [], {}
+    for number, record in read_rows(Path(path)):
         try:
-            task = parse_task(json.loads(line), path.parent)
-        except (json.JSONDecodeError, UserError) as error:
+            task = parse_task(record, Path(path).parent)
+            if task.id in lines:
+                raise UserError(f"id {task.id!r} is already used in line {lines[task.id]}")
+        except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
-        if task.id in seen:
-            raise UserError(f"{path}:{number}: id {task.id!r} is already used in line {seen[task.id]}")
-        seen[task.id] = number
+        lines[task.id] = number
         tasks.append(task)
     if not tasks:
         raise UserError(f"{path}: no tasks in it")
@@ -332,9 +359,9 @@ def parse_task(record, folder: Path) -> Task:
     names = record.get("files") or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise UserError("'files' is a list of paths relative to this file")
-    files = {Path(name).name: (folder / name).resolve() for name in names}
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"attachment {missing[0]} does not exist in {folder}")
+    files = {Path(name).name: (folder / name).resolve() for name in names}
     if len(files) < len(names):
         raise UserError("two attachments have the same file name")
     return Task(str(record["id"]), str(record["question"]), str(record["answer"]), files,
@@ -342,27 +369,26 @@ def parse_task(record, folder: Path) -> Task:
 
 
 def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> Path:
-    """Write tasks (one attachment each at most) in GAIA's layout: folder/2023/<split>/metadata.jsonl, files beside."""
+    """Write tasks, each with one attachment at most, as folder/2023/<split>/metadata.jsonl with files beside it."""
     out = Path(folder) / "2023" / split
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for task in tasks:
         file_name = ""
         for name, content in task.files.items():
-            file_name = f"{task.id}/{name}"     # GAIA names files after the task; ours keep the name the question uses
+            file_name = f"{task.id}/{name}"     # GAIA has <task_id>.csv; ours keep the name that the question uses
             (out / task.id).mkdir(exist_ok=True)
-            (out / file_name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
+            data = content if isinstance(content, bytes) else Path(content).read_bytes()
+            (out / file_name).write_bytes(data)
         lines.append(json.dumps({"task_id": task.id, "Question": task.question, "Level": task.level,
                                  "Final answer": task.answer, "file_name": file_name}) + "\n")
     (out / "metadata.jsonl").write_text("".join(lines))
     return out
 
 
-# ---------------------------------------------------------------- readers of published data (MAT, GAIA): below here
-
 
 def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
-    """Tasks of a folder in GAIA's layout: metadata as jsonl or parquet, here or in [2023/]<split>, attachments beside it.
+    """Tasks of a folder in GAIA's layout: metadata as jsonl or parquet, here or in [2023/]<split>, files beside it.
 
     Levels may be text or numbers. The test split has no answers: its tasks carry the answer "?".
     """
@@ -370,9 +396,9 @@ def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
     found = [place / name for place in places for name in ("metadata.jsonl", "metadata.parquet")
              if (place / name).is_file()]
     if not found:
-        raise UserError(f"{folder}: no metadata.jsonl or metadata.parquet in it, in 2023/{split} or in {split}")
+        raise UserError(f"{folder}: no metadata.jsonl or .parquet in it, in 2023/{split} or in {split}")
     tasks = []
-    for number, row in enumerate(read_rows(found[0]), 1):
+    for number, row in read_rows(found[0]):
         try:
             name = row.get("file_name") or ""
             task = Task(str(row["task_id"]), row["Question"], str(row.get("Final answer") or "?"),
@@ -386,20 +412,3 @@ def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
     if len({t.id for t in tasks}) < len(tasks):
         raise UserError(f"{found[0]}: duplicate task_id")
     return [t for t in tasks if t.id != "0-0-0-0-0"]    # the dataset's own placeholder row
-
-
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a jsonl or parquet file."""
-    if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(f"{file}: parquet needs pyarrow: pip install -r requirements-gaia.txt") from error
-        return pyarrow.parquet.read_table(file).to_pylist()
-    rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: {error}") from error
-    return rows

@@ -1,0 +1,209 @@
+"""The built-in tiny model: a Qwen2 of half a million parameters that writes valid code and is mostly wrong.
+
+    python tiny.py --out tiny --seed 0        # what made ./tiny; some ten minutes on one core
+
+Owns the recipe of ./tiny: its tokenizer, copy pretraining, and a warm start by supervised learning on demonstrations
+that are imperfect on purpose, so that there is something left for reinforcement learning to find.
+
+Reading order: DEMOS -> demonstrate -> build_tokenizer -> build_model -> copy_batches, demonstration_batches -> train.
+
+* The most common demonstration of every family is wrong (another field, units swapped, a forgotten conversion...) and
+  about a third are right. The thought is the same in all of them: what is chosen is chosen where the code is written.
+* Observations are real: the demonstration's code runs, in this process, as it is our own. Tokens are put together as
+  the rollout does it, each turn tokenised by itself, and the loss is on the policy's tokens only.
+* Every demonstration has fresh names of the training side of the world. From a small pool the model learns the names
+  by heart. Without copy pretraining it learns the format perfectly and copies nothing.
+"""
+import argparse
+import csv
+import io
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from executor import StepResult
+from policy import TINY
+from rollout import Chat, build_prompt
+from tasks import BUILTIN_TOOLS, Task, draw
+from tools import UserError
+
+VOCABULARY = 768
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# BPE merges inside these pieces only. A name is three syllables wherever it stands: after a space, after a quote.
+NAME = r"[A-Z][aeiou]|(?<=[A-Z][aeiou])[a-z]{2}|(?<=[A-Z][aeiou][a-z]{2})[a-z]{2}"
+MARKS = r" ?[^\sA-Za-z\d_`]+(?: [^\sA-Za-z\d_`]+)*\n?"
+PIECES = rf"\n?```(?:python\n)?|{NAME}| ?[a-z_]+|[A-Z][a-z]*|\d|{MARKS}|\s"
+
+# ------------------------------------------------------------------------------------------------ demonstrations
+
+SHARES = (0.34, 0.5, 0.16)      # of the right way, the common wrong way and the rare wrong way
+ROWS = 'import csv\nrows = list(csv.DictReader(open("shop.csv")))\n'
+CELL = 'final_answer([r["%s"] for r in rows if r["item"] == "{name}"][0])'
+TOTAL = 'final_answer(sum(int(r["{%s}"]) for r in rows))'
+DAYS = 'from datetime import date\nfinal_answer((date.fromisoformat("{%s}") - date.fromisoformat("{%s}")).days)'
+LIST = 'names = ["{name0}", "{name1}", "{name2}"]\n[lookup(n, "population") for n in names]'
+GUESS = "final_answer({guess})"
+# family: a line a step: thought, code of the right way, of the common wrong way, of the rare wrong way; one code alone
+# stands for all. A way is chosen once a demonstration. {slots} are the task's, or variables of the steps before.
+DEMOS = {
+    "lookup": [("look it up", 'final_answer(lookup("{name}", "{field}"))', 'final_answer(lookup("{name}", "{other}"))',
+                GUESS)],
+    "convert": [("convert it", 'final_answer(convert({value}, "{source}", "{target}"))',
+                 'final_answer(convert({value}, "{target}", "{source}"))', "final_answer({value})")],
+    "column": [("read the row", ROWS + CELL % "{column}", ROWS + CELL % "item", GUESS)],
+    "total": [("read the table", ROWS + "rows[0]"),
+              ("add the column", TOTAL % "column", TOTAL % "other", "final_answer(len(rows))")],
+    "twin": [("find the twin", 'town = lookup("{name}", "twin")\ntown'),
+             ("look it up", 'final_answer(lookup(town, "{field}"))', 'final_answer(lookup("{name}", "{field}"))',
+              "final_answer(town)")],
+    "tower": [("find the height", 'h = lookup("{name}", "tower")\nh'),
+              ("give the height", 'final_answer(convert(h[0], "{h[1]}", "{unit}"))', "final_answer(h[0])",
+               'final_answer(convert(h[0], "{unit}", "{h[1]}"))')],
+    "mayor": [("find the mayor", *['s = search("mayor of {name}")\ns'] * 2, 's = search("{name}")\ns'),
+              ("look it up", 'final_answer(lookup("{s:.9}", "born"))', 'final_answer(lookup("{s:.9}", "home"))', GUESS)],
+    "gap": [("find the first", 'a = lookup("{name}", "population")\na'),
+            ("find the second", 'b = lookup("{second}", "population")\nb'),
+            ("compare", "final_answer(a - b)", "final_answer(b - a)", "final_answer(b + a)")],
+    "arithmetic": [("compute it", "final_answer({a} * {b} + {c})", "final_answer({a} + {b} + {c})", GUESS)],
+    "dates": [("subtract", DAYS % ("second", "first"), DAYS % ("first", "second"), GUESS)],
+    "largest": [("look them up", LIST),
+                ("take the largest", "final_answer(names[{best}])", "final_answer(names[{worse}])", GUESS)],
+}
+
+
+def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[list[int], list[int]]:
+    """Ids and mask (1 = the policy's token) of one demonstration on a new training task; way 0 is the right one."""
+    drawn, answers = draw(family, "train", rng), []
+    task = Task("", drawn.question, str(drawn.answer), drawn.files)
+    ids = list(build_prompt(chat.tokenizer, task, BUILTIN_TOOLS, TINY.prompt))
+    mask = [0] * len(ids)
+    slots = drawn.slots | {"guess": rng.randrange(100, 1000)}
+    space = {tool.name: tool.function for tool in BUILTIN_TOOLS}
+    space |= {"final_answer": answers.append, "open": lambda name: io.StringIO(drawn.files[name].decode())}
+    for thought, *codes in DEMOS[family]:
+        code = codes[way if len(codes) > 1 else 0].format(**space | slots)
+        turn = chat.encode(f"Thought: {thought}.\n```python\n{code}\n```")
+        ids, mask = ids + turn, mask + [1] * len(turn)
+        *lines, last = code.split("\n")
+        exec("\n".join(lines), space)
+        value = eval(last, space)
+        if not answers:
+            result = StepResult("ok", value=repr(value))
+            seen = chat.observation(result.observation(), TINY.observation_tokens)
+            glue = chat.turn + chat.encode("Observation:\n") + seen + chat.end
+            ids, mask = ids + glue, mask + [0] * len(glue)
+    right = str(answers[0]) == task.answer
+    if right != (way == 0):     # a wrong way that happens to be right
+        return demonstrate(chat, family, rng, way)
+    return ids, mask
+
+
+# -------------------------------------------------------------------------------------------- tokenizer and model
+
+
+def byte_pairs(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `size` tokens with single digits, ChatML special tokens and template."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Learned from demonstrations, which bytes alone (a vocabulary of 259) are enough to write."""
+    rng, chat = random.Random(f"tokenizer-{seed}"), Chat(byte_pairs([], 259))
+    texts = [chat.tokenizer.decode(demonstrate(chat, family, rng, way)[0], skip_special_tokens=True)
+             for _ in range(200) for family in DEMOS for way in range(3)]
+    return byte_pairs(texts, VOCABULARY)
+
+
+def build_model(seed: int) -> Qwen3ForCausalLM:
+    """Random weights. 384 in the MLP: NF4 wants multiples of 64."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=2, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def copy_batches(rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (32, 64) ids and mask: random tokens, repeated with a random period; mask 1 from the second time on."""
+    while True:
+        periods = [rng.randrange(4, 32) for _ in range(32)]
+        once = [[rng.randrange(3, VOCABULARY) for _ in range(p)] for p in periods]
+        yield (torch.tensor([(tokens * 16)[:64] for tokens in once]),
+               torch.tensor([[0] * p + [1] * (64 - p) for p in periods]))
+
+
+def demonstration_batches(chat: Chat, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (32, T) ids and mask; 8 batches are drawn at once and sorted, so that rows of like length are together."""
+    while True:
+        drawn = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0]) for _ in range(256)]
+        drawn.sort(key=lambda d: len(d[0]))
+        for start in rng.sample(range(0, 256, 32), 8):
+            rows = drawn[start:start + 32]
+            longest = len(rows[-1][0])
+            yield tuple(torch.tensor([row[i] + [0] * (longest - len(row[i])) for row in rows]) for i in (0, 1))
+
+
+def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0, decay: float = 0.0) -> None:
+    """AdamW until the mean loss is below `enough`, at most `steps`; in the last share `decay` of them lr falls to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    began, average = time.process_time(), 7.0
+    for step, (ids, mask) in zip(range(steps), batches):
+        left = (steps - step) / (decay * steps) if decay else 1.0
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, left, 1.0)
+        logits = model(ids[:, :-1]).logits                      # (B, T - 1, V)
+        chosen = mask[:, 1:].bool()                             # (B, T - 1)
+        loss = F.cross_entropy(logits[chosen], ids[:, 1:][chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average += 0.05 * (loss.item() - average)
+        if step % 100 == 99 or average < enough:
+            print(f"{name} {step + 1}/{steps} loss {average:.3f} {time.process_time() - began:.0f} CPU-s", flush=True)
+        if average < enough:
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Rebuild the built-in model.")
+    parser.add_argument("--out", type=Path, default=Path("tiny"), help="a new folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--copy-steps", type=int, default=1500, help="at most; ends when copying is learned")
+    parser.add_argument("--steps", type=int, default=2000, help="on demonstrations")
+    args = parser.parse_args()
+    if args.out.exists():
+        raise UserError(f"{args.out} exists; move it away first, or name another folder with --out")
+    torch.set_num_threads(1)        # so small a model is fastest so, and the same weights come out on every machine
+    tokenizer, model = build_tokenizer(args.seed), build_model(args.seed)
+    chat, rng = Chat(tokenizer), random.Random(f"tiny-{args.seed}")
+    train(model, copy_batches(rng), "copying", args.copy_steps, 3e-3, enough=0.25)
+    train(model, demonstration_batches(chat, rng), "demonstrations", args.steps, 2.5e-3, decay=0.5)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"tiny.py: {error}") from None
