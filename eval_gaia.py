@@ -403,7 +403,7 @@ def prepare(args) -> tuple[Evaluation, dict]:
     settings = {
         "model": policy.name, "adapter": file_hash(args.ckpt), "sampling": asdict(sampling), "seed": args.seed,
         "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
-        "data": args.gaia_dir or "offline", "split": args.split, "judge": [args.judge, args.judge_model],
+        "data": args.gaia_dir or run.get("config", {}).get("difficulty", 0), "split": args.split, "judge": [args.judge, args.judge_model],
         "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
     judge = Judge(args.judge, args.judge_model, policy, web.cache)
     return Evaluation(policy, [], tools, log, web, judge, sampling, args.samples, args.seed, args.out), settings

@@ -1,13 +1,13 @@
 """Tools: plain typed functions that the policy's code may call, and the two exceptions everybody shares.
 
-Owns `@tool`, the checks on a definition and on every call, the built-in web and file tools, loading a user's own.
+Owns `@tool`, the checks of a definition and of every call, the built-in web and file tools, loading a user's own.
 
 Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools, `load_tools`.
 
-A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes from the
-sandbox is checked against the type hints before the function sees it. The built-in ones return text and never raise
-into a rollout: what goes wrong is returned as `ERROR[kind]: ...`, for the model to read. How they reach the web, and
-what they may not reach, is in web.py.
+A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes from
+the sandbox is checked against the type hints before the function sees it. The built-in ones return text and never
+raise into a rollout: what goes wrong is returned as `ERROR[kind]: ...`, for the model to read. How they reach the web,
+and what they may not reach, is in web.py.
 """
 import argparse
 import base64
@@ -51,13 +51,13 @@ class ToolError(Exception):
 
 @dataclass
 class ToolContext:
-    """What a tool may know of the trajectory that calls it. One per trajectory; the rollout fills it in as it goes."""
+    """What a tool may know of its trajectory. One per trajectory; the rollout fills it in as it goes."""
     workdir: Path | None = None                             # where the code works, if the host can see that
     state: dict = field(default_factory=dict)               # a tool's memory, kept for the trajectory
     seconds_left: Callable[[], float] = lambda: 30.0        # until the step's time is up
     question: str = ""
-    files: Mapping[str, Path | bytes] = field(default_factory=dict)    # the task's attachments: by name, or their content
-    web: Web | None = None                                  # what the built-in tools of a run share, see Tool.bind
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)    # the task's attachments
+    web: Web | None = None                                  # what the built-in tools of a run share
 
 
 @dataclass
@@ -76,7 +76,7 @@ RESERVED = set(dir(builtins)) | set(keyword.kwlist) | {"final_answer"}
 
 
 def fits(value, hint) -> bool:
-    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for no number."""
+    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for neither."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -117,7 +117,7 @@ class Tool:
     log: list[Call] | None = None        # where calls are noted, for reports
 
     def bind(self, context: ToolContext) -> Callable:
-        """A function for one trajectory: checks its arguments (ToolError if they do not fit), then calls the tool."""
+        """A function for one trajectory: checks its arguments (ToolError if they do not fit), calls the tool."""
         if self.web:
             context.web = self.web
 
@@ -132,10 +132,14 @@ class Tool:
             except WebError as error:
                 outcome = error.kind
                 return str(error)
+            except Exception as error:
+                if self.web is None:
+                    raise    # a user's own tool: its error reaches the model's code
+                return f"ERROR[failed]: {type(error).__name__}"    # no text: it may hold what is none of the model's
             finally:
                 if self.log is not None:
-                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome, here.hits,
-                                         time.monotonic() - begin))
+                    spent = time.monotonic() - begin
+                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome, here.hits, spent))
         call.__name__ = self.name
         return call
 
@@ -158,7 +162,7 @@ def tool(function: Callable) -> Tool:
     """
     name = function.__name__
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name) or name in RESERVED:
-        raise UserError(f"tool {name}: the name must be lower-case letters, digits and _, and no name of Python's own")
+        raise UserError(f"tool {name}: its name must be of lower-case letters, digits and _, and none of Python's")
     if not (docstring := inspect.getdoc(function)):
         raise UserError(f"tool {name}: it needs a docstring, which is what the model reads")
     hints, context, visible = typing.get_type_hints(function), None, []
@@ -169,8 +173,8 @@ def tool(function: Callable) -> Tool:
         elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise UserError(f"tool {name}: *{parameter.name} cannot be checked; name every argument")
         elif hint is None or not known(hint):
-            raise UserError(f"tool {name}: argument {parameter.name} needs a type hint made of str, int, float, bool, "
-                            "list, dict, None, Literal")
+            raise UserError(f"tool {name}: argument {parameter.name} needs a type hint made of str, int, float, "
+                            "bool, list, dict, None, Literal")
         elif parameter.default is not parameter.empty and not fits(parameter.default, hint):
             raise UserError(f"tool {name}: the default of {parameter.name} is not of its type")
         else:
@@ -232,7 +236,7 @@ def page_text(context: ToolContext, url: str) -> tuple[str, str]:
 
 
 def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> bytes:
-    """A file below the working directory; where the sandbox hides that, an attachment or a download by its name."""
+    """A file below the working directory; where the sandbox hides that, an attachment or a download by name."""
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise WebError("no_file", "give a path relative to the working directory")
@@ -240,13 +244,14 @@ def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> byte
         return open_below(context.workdir, parts, limit)
     known = {**context.files, **context.state.get("downloads", {})}
     if (found := known.get("/".join(parts))) is None:
-        raise WebError("no_file", f"{path}: only attachments and downloads can be read: {', '.join(known) or 'none'}")
+        names = ", ".join(known) or "none"
+        raise WebError("no_file", f"{path}: only attachments and downloads can be read: {names}")
     return found if isinstance(found, bytes) else Path(found).read_bytes()[:limit]
 
 
 def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
-    """The content of a regular file, reached part by part without following links: the sandboxed code, which can write
-    there, may put a link to a file of the host in the way at any moment."""
+    """The content of a regular file, reached part by part without following links: the sandboxed code, which can
+    write there, may put a link to a file of the host in the way at any moment."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for i, part in enumerate(parts):
@@ -270,7 +275,7 @@ def search_backend(web: Web) -> str:
     return next((name for name, (variable, _) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
 
 
-def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple[str, dict, list, tuple]:
+def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple:
     """(address, request, where the hits are in the answer, their names for title, link and text)."""
     variable, url = SEARCHES.get(backend, ("", ""))
     key, full = os.environ.get(variable, ""), f"{query} site:{site}" if site else query
@@ -285,16 +290,16 @@ def search_request(backend: str, web: Web, query: str, k: int, year: int, site: 
     if backend == "tavily":
         span = {"start_date": f"{year}-01-01", "end_date": f"{year}-12-31"} if year else {}
         sites = {"include_domains": [site]} if site else {}
-        return (url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)}, ["results"],
-                ("title", "url", "content"))
+        return (url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)},
+                ["results"], ("title", "url", "content"))
     dated = f"{full} {year}" if year else full    # these two cannot be asked for a year: it becomes a word
     if backend == "searxng":
         return (key.rstrip("/") + "/search", {"params": {"q": dated, "format": "json"}}, ["results"],
                 ("title", "url", "content"))
     return (web.wikipedia.format("en") + "/w/api.php",
-            {"params": {"action": "query", "list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k,
-                        "format": "json"}, "headers": {"User-Agent": AGENT}}, ["query", "search"],
-            ("title", "title", "snippet"))
+            {"headers": {"User-Agent": AGENT}, "params": {
+                "action": "query", "list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k,
+                "format": "json"}}, ["query", "search"], ("title", "title", "snippet"))
 
 
 # --------------------------------------------------------------------------------------------- the nine tools
@@ -312,7 +317,8 @@ def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site
     lines = []
     for title, link, text in web.ask("web_search", arguments, backend, url, pick, **request)[:k]:
         if backend == "wikipedia":
-            link, text = web.wikipedia.format("en") + "/wiki/" + quote(title.replace(" ", "_")), re.sub("<.*?>", "", text)
+            link = web.wikipedia.format("en") + "/wiki/" + quote(title.replace(" ", "_"))
+            text = re.sub("<.*?>", "", text)
         if BENCHMARKS.search(link) or holds_benchmark(text, context.question):
             web.counts["benchmark"] += 1
         else:
@@ -322,7 +328,7 @@ def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site
 
 @tool
 def visit(context: ToolContext, url: str, page: int = 1) -> str:
-    """Read a page of the web (HTML, PDF, Office files) as Markdown with its links, one page of 8,000 characters."""
+    """Read a web page (HTML, PDF, Office files) as Markdown with its links, 8,000 characters at a time."""
     address, text = page_text(context, url)
     return paged(text, page, address)
 
@@ -338,11 +344,12 @@ def find(context: ToolContext, url: str, text: str) -> str:
 
 @tool
 def wiki(context: ToolContext, title: str, date: str = "", page: int = 1) -> str:
-    """A Wikipedia article, "de:Berlin" in another language; with date="YYYY-MM-DD" as it stood at the end of that day."""
+    """A Wikipedia article ("de:Berlin" for another language); with date="YYYY-MM-DD" as it stood on that day."""
     language, name = re.fullmatch(r"(?:([a-z]{2,3}):)?(.*)", title, re.DOTALL).groups()
     if date and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
         raise WebError("bad_date", "write the date as YYYY-MM-DD")
-    api, common = context.web.wikipedia.format(language or "en") + "/w/api.php", {"format": "json", "formatversion": 2}
+    api = context.web.wikipedia.format(language or "en") + "/w/api.php"
+    common = {"format": "json", "formatversion": 2}
     until = {"rvstart": f"{date}T23:59:59Z", "rvdir": "older"} if date else {}
 
     def newest(answer: dict) -> list:
@@ -367,9 +374,10 @@ def archive(context: ToolContext, url: str, date: str, page: int = 1) -> str:
         found = (answer.get("archived_snapshots") or {}).get("closest") or {}
         if not found.get("url"):
             raise WebError("not_found", "the archive has no copy", keep=True)
-        return re.sub(r"(/web/\d+)/", r"\1id_/", found["url"])    # id_: the page itself, without the archive's frame
-    copy = context.web.ask("archive", {"url": url, "date": date}, "wayback", context.web.wayback + "/wayback/available",
-                           closest, params={"url": url, "timestamp": re.sub(r"\D", "", date)})
+        return re.sub(r"(/web/\d+)/", r"\1id_/", found["url"])    # id_: without the archive's frame
+    api, arguments = context.web.wayback + "/wayback/available", {"url": url, "date": date}
+    copy = context.web.ask("archive", arguments, "wayback", api, closest,
+                           params={"url": url, "timestamp": re.sub(r"\D", "", date)})
     address, text = page_text(context, copy)
     return paged(text, page, address)
 
@@ -381,7 +389,7 @@ def download(context: ToolContext, url: str) -> str:
     name = re.sub(r"[^\w.-]", "_", PurePosixPath(urlsplit(address).path).name).lstrip(".")[-80:] or "download"
     if context.workdir is None:
         context.state.setdefault("downloads", {})[name] = body
-        return f"kept as {name} ({len(body)} bytes) for read_file, ask_image and transcribe; code cannot open it"
+        return f"kept as {name} ({len(body)} bytes) for read_file, ask_image, transcribe; code cannot open it"
     try:
         handle = os.open(context.workdir / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     except OSError as error:
@@ -393,20 +401,20 @@ def download(context: ToolContext, url: str) -> str:
 
 @tool
 def read_file(context: ToolContext, path: str, page: int = 1, sheet: str = "") -> str:
-    """Read a file of the working directory as text: txt, csv, json, xml, html, py, pdf, docx, pptx, xlsx (values and
-    fill colours; sheet: one of them), zip (what is in it)."""
-    return paged(document(context, file_bytes(context, path), PurePosixPath(path).suffix.lower(), sheet), page, path)
+    """Read a file of the working directory as text: txt, csv, json, xml, html, py, pdf, docx, pptx, xlsx (values
+    and fill colours; sheet: one of them), zip (what is in it)."""
+    body, suffix = file_bytes(context, path), PurePosixPath(path).suffix.lower()
+    return paged(document(context, body, suffix, sheet), page, path)
 
 
 @tool
 def ask_image(context: ToolContext, path: str, question: str) -> str:
     """Ask a question about an image file of the working directory."""
     body, model = file_bytes(context, path), os.environ.get("VISION_MODEL", "")
-    kind = mimetypes.guess_type(path)[0] or "image/png"
-    content = [{"type": "text", "text": question},
-               {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(body).decode()}"}}]
+    data = f"data:{mimetypes.guess_type(path)[0] or 'image/png'};base64,{base64.b64encode(body).decode()}"
+    content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": data}}]
     arguments = {"image": hashlib.sha256(body).hexdigest(), "question": question}
-    return context.web.cache.answer("ask_image", arguments, model, lambda: chat(
+    return context.web.cache.answer("ask_image", arguments, backend_of(context, "ask_image", model), lambda: chat(
         os.environ["VISION_URL"], model, [{"role": "user", "content": content}], os.environ.get("VISION_API_KEY", "")))
 
 
@@ -415,10 +423,16 @@ def transcribe(context: ToolContext, path: str) -> str:
     """The spoken words of an audio file of the working directory."""
     body, model = file_bytes(context, path), os.environ.get("AUDIO_MODEL", "")
     return context.web.ask(
-        "transcribe", {"audio": hashlib.sha256(body).hexdigest()}, model,
-        os.environ["AUDIO_URL"].rstrip("/") + "/audio/transcriptions", lambda answer: answer["text"],
+        "transcribe", {"audio": hashlib.sha256(body).hexdigest()}, backend_of(context, "transcribe", model),
+        os.environ.get("AUDIO_URL", "").rstrip("/") + "/audio/transcriptions", lambda answer: answer["text"],
         headers=bearer(os.environ.get("AUDIO_API_KEY", "")), data={"model": model},
         files={"file": (PurePosixPath(path).name, body)})
+
+
+def backend_of(context: ToolContext, name: str, model: str) -> str:
+    """The model that answers; in replay the recorded one, whatever the environment names."""
+    cache = context.web.cache
+    return cache.backend_of(name) or model if cache.mode == "replay" else model
 
 
 # -------------------------------------------------------------------------------------- which tools a run has
@@ -430,7 +444,7 @@ NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variable
 
 
 def open_web(spec: str) -> Web:
-    """The web of a run, from a flag: "live", "record[:FILE]" or "replay[:FILE]". UserError for anything else."""
+    """The web of a run, from a flag: live, record[:FILE] or replay[:FILE]. UserError for anything else."""
     mode, _, file = spec.partition(":")
     if mode not in ("live", "record", "replay"):
         raise UserError(f"--cache {spec}: it is live, record[:FILE] or replay[:FILE]")
@@ -458,7 +472,7 @@ def prompt_text(tools: list[Tool]) -> str:
 
 
 def load_tools(spec: str | None, web: Web | None = None) -> list[Tool]:
-    """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; several with commas between.
+    """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; commas between several.
 
     [] without a spec. UserError for a file that cannot be used and for two tools of one name.
     """

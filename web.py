@@ -1,12 +1,12 @@
 """The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on this.
 
-Owns `Cache` (record and replay in SQLite), `check_address` and `fetch` (what may be asked for, and how much of it),
-`holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible endpoint), `to_text` (documents).
+Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how much),
+`holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text` (documents).
 
-Read in this order: `WebError`, `Cache.answer`, `fetch`, `to_text`.
+Read in this order: `WebError`, `Cache.answer`, `Web.get` with `guarded`, `to_text`.
 
-What the guard does not cover: what a public site answers with (text that talks to the model), and search engines
-that look at the query. Proxies of the environment are not used for pages, because the guard could not see the address.
+What the guard does not cover: what a public page says to the model, and search engines that see the query. Proxies of
+the environment are not used for pages, because the guard could not see the address behind them.
 """
 import base64
 import hashlib
@@ -33,32 +33,32 @@ from urllib.parse import urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
-VERSION = "1"                            # of what is stored: raise it when an answer to the same request would differ
+VERSION = "1"                            # of what is stored: raise it when the same request would be answered anew
 MAX_BYTES = 20 * 2**20                   # of a page, a file, an answer; counted after decompression
 AGENT = "Mozilla/5.0 (compatible; tool-r1 research agent)"
 
 
 class WebError(Exception):
-    """What a tool tells the model instead of an answer. keep: the same request would fail the same way tomorrow."""
+    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow, too."""
 
     def __init__(self, kind: str, text: str, keep: bool = False):
         super().__init__(f"ERROR[{kind}]: {text}")
         self.kind, self.text, self.keep = kind, text, keep
 
 
-# ------------------------------------------------------------------------------------------------ record and replay
+# ------------------------------------------------------------------------------------------ record and replay
 class Cache:
     """Answers of the web and of models, by tool, arguments, back end and version. Keys never enter it.
 
-    mode "live": nothing outlives the process; "record": kept in the SQLite file `path`; "replay": only what is kept
-    there, anything else is WebError("cache_miss"). Thread-safe; equal requests at the same time are made once.
+    mode "live": nothing outlives the process; "record": kept in the SQLite file `path`; "replay": only what is
+    kept there, all else is WebError("cache_miss"). Thread-safe; equal requests at the same time are made once.
     """
 
     def __init__(self, path: str | None = None, mode: str = "live"):
         self.mode, self.counts = mode, Counter(hits=0, misses=0, made=0)
-        self.lock, self.flights, self.here = threading.Lock(), {}, threading.local()    # here.hits: of one call of a tool
+        self.lock, self.flights = threading.Lock(), {}
+        self.here = threading.local()    # .hits: those of this thread's tool call, which tools.py reads
         self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
         self.db.commit()
@@ -112,9 +112,10 @@ class Cache:
         return row["value"]
 
     def backend_of(self, tool: str) -> str | None:
-        """Whose answers to a tool are kept: a recorded web is replayed without the keys it was recorded with."""
+        """Whose answers to a tool are kept: a record is replayed without the keys it was made with."""
         with self.lock:
-            row = self.db.execute("SELECT request FROM answers WHERE request LIKE ? LIMIT 1", (f'["{tool}",%',)).fetchone()
+            row = self.db.execute("SELECT request FROM answers WHERE request LIKE ? LIMIT 1",
+                                  (f'["{tool}",%',)).fetchone()
         return json.loads(row[0])[2] if row else None
 
     def digest(self) -> str:
@@ -126,30 +127,29 @@ class Cache:
             return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------ what may be reached
-NEVER = [ipaddress.ip_network(n) for n in (
-    "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "64:ff9b::/32", "2001::/32")]    # metadata of two clouds; IPv6 that hides an IPv4
-BENCHMARKS = re.compile(r"gaia[-_]?benchmark|huggingface\.co/datasets|hf-mirror\.com/datasets|/gaia[^/]*validation",
-                        re.IGNORECASE)
+# ---------------------------------------------------------------------------------------- what may be reached
+NEVER = [ipaddress.ip_network(n) for n in (    # metadata of two clouds; IPv6 in which an IPv4 address can hide
+    "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "64:ff9b::/32", "2001::/32")]
+BENCHMARKS = re.compile(r"gaia[-_]?benchmark|(?:huggingface\.co|hf-mirror\.com)/datasets|/gaia[^/]*validation", re.I)
 
 
 def check_address(address: str, allow_loopback: bool = False):
     """WebError unless the address is a public one (or this machine's own, where that is opened for tests)."""
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    if not (ip.is_global and not ip.is_multicast and not any(ip in n for n in NEVER if n.version == ip.version)
-            or allow_loopback and ip.is_loopback):
+    public = ip.is_global and not ip.is_multicast and not any(ip in n for n in NEVER if n.version == ip.version)
+    if not (public or allow_loopback and ip.is_loopback):
         raise WebError("blocked", "this address is private or reserved; only public sites can be reached")
 
 
-def guarded(base: type, allow_loopback: bool, deadline: float) -> type:
-    """A connection class that checks the addresses of a name, then the one it has reached, before a byte is sent: a
-    second DNS answer that differs from the first one is no way in. It is cut at the deadline (time.monotonic)."""
+def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> type:
+    """A connection class that checks every address of a name, then the one it has reached, before a byte is sent:
+    a second DNS answer that differs from the first is no way in. It is cut at `deadline` (time.monotonic)."""
     class Guarded(base):
         def _new_conn(self):
             try:
                 found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise WebError("network", "no such host") from error
             for *_, address in found:
                 check_address(address[0], allow_loopback)
@@ -159,31 +159,39 @@ def guarded(base: type, allow_loopback: bool, deadline: float) -> type:
             except WebError:
                 sock.close()
                 raise
-            # TLS takes the socket over, so the timer holds a copy; a drip of bytes outlives every read timeout.
+            # A drip of bytes outlives every read timeout. TLS takes the socket over, so the timer holds a copy.
             copy = socket.socket(fileno=os.dup(sock.fileno()))
-            self.timer = threading.Timer(max(deadline - time.monotonic(), 0.1), self.cut, [copy])
-            self.timer.daemon = True
-            self.timer.start()
+            timer = threading.Timer(max(deadline - time.monotonic(), 0.1), cut, [copy])
+            timer.daemon = True
+            timer.start()
+            cuts.append((timer, copy))
             return sock
-
-        def cut(self, copy):
-            with copy:
-                try:
-                    copy.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass    # closed already
     return Guarded
 
 
+def cut(sock: socket.socket):
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass    # closed already
+
+
 class PublicOnly(HTTPAdapter):
-    """requests' transport over guarded connections: one request, then it is thrown away."""
+    """requests' transport over guarded connections: for one request, then it is thrown away."""
 
     def __init__(self, allow_loopback: bool, deadline: float):
         super().__init__()
-        for scheme, base in (("http", HTTPConnection), ("https", HTTPSConnection)):
-            pool = self.poolmanager.pool_classes_by_scheme[scheme]
-            self.poolmanager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme | {
-                scheme: type(pool.__name__, (pool,), {"ConnectionCls": guarded(base, allow_loopback, deadline)})}
+        self.cuts: list = []
+        pools = self.poolmanager.pool_classes_by_scheme
+        self.poolmanager.pool_classes_by_scheme = {
+            scheme: type(pool.__name__, (pool,), {"ConnectionCls": guarded(
+                pool.ConnectionCls, allow_loopback, deadline, self.cuts)}) for scheme, pool in pools.items()}
+
+    def close(self):
+        for timer, copy in self.cuts:
+            timer.cancel()
+            copy.close()
+        super().close()
 
 
 def body_of(response, deadline: float, limit: int = MAX_BYTES) -> bytes:
@@ -212,18 +220,25 @@ class Web:
     counts: Counter = field(default_factory=Counter)
 
     def fetch(self, url: str, seconds: float = math.inf) -> tuple[str, str, bytes]:
-        """(final address, content type, body) of a public page, recorded or fetched. WebError if it cannot be had."""
-        if BENCHMARKS.search(url):
-            self.counts["benchmark"] += 1
-            raise WebError("blocked", "this site holds the benchmark itself")
+        """(final address, content type, body) of a public page, recorded or fetched; WebError if it is not to be had."""
+        self.not_the_benchmark(url)
         url, kind, body = self.cache.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
         return url, kind, base64.b64decode(body)
+
+    def not_the_benchmark(self, url: str):
+        if BENCHMARKS.search(url):
+            self.counts["benchmark"] += 1
+            raise WebError("blocked", "this site holds the benchmark itself", keep=True)
 
     def get(self, url: str, seconds: float) -> list[str]:
         deadline = time.monotonic() + min(self.seconds, max(seconds, 1.0))
         for _ in range(6):
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+            try:
+                parts = urlsplit(url)
+                plain = parts.scheme in ("http", "https") and parts.hostname and parts.username is None
+            except ValueError:
+                plain = False
+            if not plain:
                 raise WebError("blocked", "only plain http and https addresses can be visited", keep=True)
             with requests.Session() as session:
                 session.trust_env = False
@@ -231,14 +246,13 @@ class Web:
                 try:
                     response = session.get(url, headers={"User-Agent": AGENT}, stream=True, allow_redirects=False,
                                            timeout=max(deadline - time.monotonic(), 0.1))
-                    if "location" not in response.headers or not response.is_redirect:
+                    if not response.is_redirect:
                         return self.answered(url, response, deadline)
-                except requests.RequestException as error:
+                except (requests.RequestException, ValueError) as error:
                     late = time.monotonic() >= deadline or isinstance(error, requests.Timeout)
                     raise WebError("timeout" if late else "network", f"{parts.hostname} cannot be read") from error
             url = urljoin(url, response.headers["location"])
-            if BENCHMARKS.search(url):
-                raise WebError("blocked", "this site holds the benchmark itself", keep=True)
+            self.not_the_benchmark(url)
         raise WebError("network", "too many redirects", keep=True)
 
     def answered(self, url: str, response, deadline: float) -> list[str]:
@@ -249,7 +263,7 @@ class Web:
         return [url, kind, base64.b64encode(body_of(response, deadline)).decode()]
 
     def ask(self, tool: str, arguments: dict, backend: str, url: str, pick: Callable, **request):
-        """pick(JSON) of an API that the user has configured (keys in `request` only), recorded by tool and arguments."""
+        """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in `request` only."""
         return self.cache.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
 
 
@@ -261,7 +275,8 @@ def call(url: str, seconds: float, tries: int = 3, **request):
             response = requests.request(method, url, timeout=max(deadline - time.monotonic(), 0.1), **request)
             if response.status_code == 200:
                 return response.json()
-            kind, passing = f"http_{response.status_code}", response.status_code == 429 or response.status_code >= 500
+            status = response.status_code
+            kind, passing = f"http_{status}", status == 429 or status >= 500
         except requests.exceptions.JSONDecodeError:
             kind, passing = "bad_answer", False
         except requests.RequestException as error:
@@ -287,7 +302,7 @@ def bearer(key: str) -> dict:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-# ------------------------------------------------------------------------------------------------ the benchmark guard
+# ---------------------------------------------------------------------------------------- the benchmark guard
 def ngrams(text: str, n: int = 8) -> set[tuple]:
     """The n-word sequences of a text, case and punctuation apart."""
     words = re.findall(r"\w+", text.lower())
@@ -300,20 +315,22 @@ def holds_benchmark(text: str, question: str) -> bool:
     return len(asked) >= 3 and len(asked & ngrams(text)) >= 0.4 * len(asked)
 
 
-# ------------------------------------------------------------------------------------------------ documents as text
-def to_text(body: bytes, suffix: str, sheet: str | None = None, seconds: float = 60.0) -> str:
-    """A document as Markdown, or the text it is. suffix: ".pdf", ".html"... Parsed in a process of its own, because a
-    hostile file may want all the memory and time there is. WebError("unreadable") if it cannot be read."""
+# ------------------------------------------------------------------------------------------ documents as text
+def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) -> str:
+    """A document as Markdown, or the text it is. suffix: ".pdf", ".html"... WebError if it cannot be read.
+
+    Parsed in a process of its own without keys in its environment: a hostile file may want all the memory and time.
+    """
     if suffix not in PARSERS:
         return decode(body)
     try:
-        done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet or ""], input=body, capture_output=True,
-                              timeout=seconds, preexec_fn=limit_memory, env={"PATH": os.environ.get("PATH", "")})
+        done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet], input=body, capture_output=True,
+                              timeout=seconds, preexec_fn=limit_memory, env={})
     except subprocess.TimeoutExpired:
         raise WebError("timeout", f"the {suffix} file takes too long to read") from None
     if done.returncode:
-        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["killed: too large"])[-1][:200]
-        raise WebError("unreadable", f"the {suffix} file cannot be read: {reason}", keep=True)
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["it needs too much memory"])[-1]
+        raise WebError("unreadable", f"the {suffix} file cannot be read: {reason[:200]}", keep=True)
     return done.stdout.decode()
 
 
@@ -335,7 +352,8 @@ def decode(body: bytes) -> str:
 def read_pdf(body: bytes, _: str) -> str:
     from pypdf import PdfReader
     pages = PdfReader(io.BytesIO(body)).pages
-    return "\n\n".join(f"[page {i} of {len(pages)}]\n{page.extract_text()}" for i, page in enumerate(pages, 1))
+    texts = [f"[page {i} of {len(pages)}]\n{page.extract_text()}" for i, page in enumerate(pages, 1)]
+    return "\n\n".join(texts)
 
 
 def read_markdown(suffix: str) -> Callable:
@@ -347,7 +365,7 @@ def read_markdown(suffix: str) -> Callable:
 
 
 def read_xlsx(body: bytes, sheet: str) -> str:
-    """Every cell that has a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is kept."""
+    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is kept."""
     from openpyxl import load_workbook
     values, formulas = (load_workbook(io.BytesIO(body), data_only=flag) for flag in (True, False))
     if sheet and sheet not in values.sheetnames:
@@ -369,7 +387,11 @@ def read_xlsx(body: bytes, sheet: str) -> str:
 
 
 def read_zip(body: bytes, _: str) -> str:
-    return "\n".join(f"{i.filename} ({i.file_size} bytes)" for i in zipfile.ZipFile(io.BytesIO(body)).infolist())
+    return "\n".join(f"{i.filename} ({i.file_size} bytes)" for i in members(body))
+
+
+def members(body: bytes) -> list[zipfile.ZipInfo]:
+    return zipfile.ZipFile(io.BytesIO(body)).infolist()
 
 
 PARSERS = {".pdf": read_pdf, ".xlsx": read_xlsx, ".zip": read_zip,
@@ -379,9 +401,9 @@ PARSERS[".htm"] = PARSERS[".html"]
 
 if __name__ == "__main__":    # the process of `to_text`: python web.py SUFFIX SHEET < document
     document = sys.stdin.buffer.read()
-    if document[:2] == b"PK" and sum(i.file_size for i in zipfile.ZipFile(io.BytesIO(document)).infolist()) > 2**29:
-        sys.exit("it unpacks to more than 512 MiB")
     try:
+        if document[:2] == b"PK" and sum(i.file_size for i in members(document)) > 2**29:
+            raise ValueError("it unpacks to more than 512 MiB")
         sys.stdout.buffer.write(PARSERS[sys.argv[1]](document, sys.argv[2]).encode(errors="replace"))
     except Exception as problem:    # whatever a parser says of a broken file, in one line
         sys.exit(f"{type(problem).__name__}: {problem}"[:200])
