@@ -1,18 +1,20 @@
 """GRPO: every equation of the method, in plain PyTorch.
 
-Owns advantages, loss, log-probs, the update (over one or several processes) and the early warnings. Knows nothing of
-files, prompts or the training loop. Reading order: group_advantages, grpo_loss (the heart), HeadLogps, update.
+Owns advantages, loss, log-probs, the update (over one or several processes) and the early warnings. Knows
+nothing of files, prompts or the training loop. Reading order: group_advantages, grpo_loss (the heart),
+HeadLogps, update.
 
-Symbols: l = log pi(token) at the sampling temperature; l_old the same at the start of the batch; l_behaviour as the
-sampler recorded it; l_ref with the adapter off; A advantage, r ratio, c importance weight, k KL penalty.
-Shapes: B trajectories of T tokens, N of them sampled, H hidden size, V vocabulary.
+Symbols: l = log pi(token) at the sampling temperature; l_old the same at the start of the batch; l_behaviour
+as the sampler recorded it; l_ref with the adapter off; A advantage, r ratio, c importance weight, k KL
+penalty. Shapes: B trajectories of T tokens, N of them sampled, H hidden size, V vocabulary.
 
-Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.14476); Dr. GRPO (2503.20783); dual clip
-(1912.09729); k3 (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html); truncated importance
-sampling (Ionides, "Truncated Importance Sampling", 2008).
+Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.14476); Dr. GRPO (2503.20783);
+dual clip (1912.09729); k3 (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html);
+truncated importance sampling (Ionides, "Truncated Importance Sampling", 2008).
 
-Departures from GRPO as published: a group must hold different answers to count; std is bounded by 0.1 from below;
-clip-higher, token mean and overlong masking are DAPO's; c corrects for replay and for sampler noise.
+Departures from GRPO as published: a group counts only if its answers differ; std is at least 0.1;
+clip-higher, the mean over tokens and overlong masking are DAPO's; c corrects for replay and for the sampler's
+rounding.
 """
 import math
 import random
@@ -28,6 +30,9 @@ from torch.nn.utils.rnn import pad_sequence
 from policy import Policy
 from reward import Reward
 from rollout import Trajectory
+from tools import UserError
+
+Batch = Sequence[tuple[Trajectory, float]]      # trajectories and their advantages
 
 
 @dataclass(frozen=True)
@@ -41,22 +46,26 @@ class GRPOConfig:
     temperature: float = 1.0        # the sampler's
     epochs: int = 1                 # passes over a batch
     minibatches: int = 1            # optimiser steps a pass
-    token_limit: int = 1024         # sampled tokens a trajectory may have: the constant of dr_grpo's normaliser
+    token_limit: int = 1024       # sampled tokens a trajectory may have: the constant of dr_grpo's normaliser
     token_budget: int = 8192        # padded tokens a micro-batch: bounds memory, changes no result
     max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.loss not in ("dapo", "grpo", "dr_grpo"):
+            raise UserError(f"--loss {self.loss}: it is dapo, grpo or dr_grpo")
 
     @property
     def clip_high(self) -> float:
         return self.eps_high if self.eps_high is not None else 0.28 if self.loss == "dapo" else 0.2
 
 
-# ------------------------------------------------------------------------------------------------------ equations
+# -------------------------------------------------------------------------------------------------- equations
 def group_advantages(rewards: Sequence[Reward], loss: str) -> list[float | None] | None:
     """A_i = (R_i - mean) / max(std, 0.1) in one group (GRPO section 4.1.2; Dr. GRPO does not divide).
 
-    None for a trajectory that could not be judged: it is in no mean. None for a group without signal: fewer than two
-    valid ones, or all equally right. A spread that comes from r_exec alone is no signal, else the bonus becomes the
-    task. Failed trajectories stay in: without them the baseline is biased.
+    None for a trajectory that could not be judged: it is in no mean. None for a group without signal: fewer
+    than two valid ones, or all equally right. A spread that comes from r_exec alone is no signal, else the
+    bonus becomes the task. Failed trajectories stay in: without them the baseline is biased.
     """
     valid = [r for r in rewards if r.total is not None]
     if len(valid) < 2 or max(r.answer for r in valid) - min(r.answer for r in valid) < 1e-6:
@@ -70,24 +79,24 @@ def group_advantages(rewards: Sequence[Reward], loss: str) -> list[float | None]
 def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cfg: GRPOConfig, normaliser):
     """The loss of a micro-batch: a pure function of tensors, differentiable in `logp` alone.
 
-    logp, logp_old, logp_behaviour, logp_ref (or None: no KL) and loss_mask (bool): (B, T). advantage and normaliser
-    (see `normalisers`): (B, 1). Losses of micro-batches add up to the loss of the optimiser step. Returns (loss,
-    stats): stats holds sums over loss_mask, for the log.
+    logp, logp_old, logp_behaviour, logp_ref (or None: no KL) and loss_mask (bool): (B, T). advantage and
+    normaliser (see `normalisers`): (B, 1). The losses of micro-batches add up to that of the optimiser step.
+    Returns (loss, stats): stats holds sums over loss_mask, for the log.
     """
-    def select(x):                                  # (B, T); never mask * x, for 0 * nan is nan
-        return torch.where(loss_mask, x, 0.0)       # outside of the mask l = 0 and A = 0, so loss and gradient are 0
+    def select(x):                              # (B, T); never mask * x, for 0 * nan is nan
+        return torch.where(loss_mask, x, 0.0)  # outside l = 0 and A = 0, so loss and gradient are 0
     l, l_old, l_behaviour = select(logp), select(logp_old.detach()), select(logp_behaviour.detach())
-    A = select(advantage)                                                                          # (B, T)
-    # c = min(pi_old / pi_behaviour, C): a truncated importance weight, constant        (Ionides 2008, section 2)
+    A = select(advantage)                                                               # (B, T)
+    # c = min(pi_old / pi_behaviour, C): a truncated importance weight, a constant    (Ionides, section 2)
     c = (l_old - l_behaviour).clamp(max=math.log(cfg.truncation)).exp()
-    # r = pi / pi_old                                                                   (PPO section 3)
+    # r = pi / pi_old                                                                 (PPO section 3)
     r = (l - l_old).clamp(-20, 20).exp()
-    # s = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                                (PPO eq. 7; DAPO eq. 10)
+    # s = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                              (PPO eq. 7; DAPO eq. 10)
     s = torch.min(r * A, r.clamp(1 - cfg.eps_low, 1 + cfg.clip_high) * A)
-    # s = max(s, dual_clip A) where A < 0: bounds what one bad sample can do            (dual clip, section 3)
+    # s = max(s, dual_clip A) where A < 0: bounds what one bad sample can do          (dual clip, section 3)
     s = torch.where(A < 0, torch.max(s, cfg.dual_clip * A), s)
-    # k = exp(d) - d - 1, d = l_ref - l: the value estimates KL(pi || ref), the gradient (1 - exp d) grad l is in
-    # expectation that of KL(ref || pi)                                                 (k3; GRPO eq. 4)
+    # k = exp(d) - d - 1, d = l_ref - l: its value estimates KL(pi || ref); its gradient, (1 - exp d) grad l,
+    # is in expectation that of KL(ref || pi)                                         (k3; GRPO eq. 4)
     d = torch.zeros_like(l) if logp_ref is None else (select(logp_ref.detach()) - l).clamp(-5, 5)
     k = d.exp() - d - 1
     loss = (c * (cfg.beta * k - s) / normaliser).sum()
@@ -97,12 +106,12 @@ def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cf
 
 
 def normalisers(cfg: GRPOConfig, lengths: torch.Tensor, tokens: float, sequences: float) -> torch.Tensor:
-    """What the tokens of each trajectory are divided by, (B, 1). lengths (B, 1): its loss tokens. tokens, sequences:
-    those of the WHOLE optimiser step, on all ranks; never of a micro-batch."""
+    """What each trajectory's tokens are divided by, (B, 1). lengths (B, 1): its loss tokens. tokens,
+    sequences: of the WHOLE optimiser step, on all ranks; never of a micro-batch."""
     if cfg.loss == "grpo":
-        return sequences * lengths                                  # mean of a sequence, then of sequences (GRPO eq. 3)
-    constant = tokens if cfg.loss == "dapo" else sequences * cfg.token_limit            # DAPO eq. 8; Dr. GRPO fig. 1
-    return torch.full_like(lengths, constant)
+        return sequences * lengths           # the mean of a sequence, then that of the sequences (GRPO eq. 3)
+    return torch.full_like(lengths, tokens if cfg.loss == "dapo" else sequences * cfg.token_limit)
+    #                               the mean over all tokens (DAPO eq. 8); a constant (Dr. GRPO section 3.2)
 
 
 class HeadLogps(torch.autograd.Function):
@@ -110,20 +119,20 @@ class HeadLogps(torch.autograd.Function):
 
     A log-prob depends on its own h alone, so its gradient is one vector, known in the forward pass already:
         d logp / d h = W^T (onehot(target) - softmax) / temperature      (H,)
-    Keeping that costs what keeping h costs. Checkpointing would compute all logits again; this takes two matrix
-    products, as many as the naive way. It needs a frozen head, and under LoRA the head is frozen.
+    Keeping that costs what keeping h costs. Checkpointing would compute all logits again; this takes two
+    matrix products, as many as the naive way. It needs a frozen head, and under LoRA the head is frozen.
     """
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):                      # (N, H), (V, H), (N,)
         logps, entropies, jacobians = [], [], []
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):                     # (n, H), (n,)
-            logp = (h @ weight.T).float().div_(temperature).log_softmax(-1)             # (n, V); bf16 is off by 0.07
+            logp = (h @ weight.T).float().div_(temperature).log_softmax(-1)        # (n, V); bf16: off by 0.07
             p = logp.exp()
             logps.append(logp.gather(1, y[:, None])[:, 0])
             entropies.append(-torch.bmm(p[:, None], logp[:, :, None])[:, 0, 0])
             del logp
             if ctx.needs_input_grad[0]:
-                p.neg_()[torch.arange(len(y), device=y.device), y] += 1     # in fp32, where p near 1 cancels exactly
+                p.neg_()[torch.arange(len(y), device=y.device), y] += 1    # in fp32: p near 1 cancels exactly
                 jacobians.append((p.to(weight.dtype) @ weight) / temperature)           # (n, H)
         if jacobians:
             ctx.save_for_backward(torch.cat(jacobians))
@@ -139,25 +148,26 @@ class HeadLogps(torch.autograd.Function):
 
 
 def token_logps(model, ids: torch.Tensor, mask: torch.Tensor, temperature=1.0, chunk: int | None = None):
-    """(log-probs, entropies) of the sampled tokens: both (B, T), fp32, aligned with ids, 0 where mask is False.
+    """(log-probs, entropies) of the sampled tokens: both (B, T), fp32, aligned with ids, 0 where mask is
+    False.
 
-    ids (B, T), padded on the right: causal attention hides padding from all that stands before it, so there is no
-    attention mask. mask (B, T): True = sampled. chunk: positions whose logits exist at one time.
+    ids (B, T), padded on the right: causal attention hides padding from all that stands before it, so there
+    is no attention mask. mask (B, T): True = sampled. chunk: positions whose logits exist at one time.
     """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     head = causal.get_output_embeddings()
     assert not head.weight.requires_grad and head.bias is None, "HeadLogps has no gradient for the head"
-    hidden = causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state       # (B, T-1, H)
-    rows, t = mask[:, 1:].nonzero(as_tuple=True)                    # (N,): the state at t predicts the token at t + 1
-    chunk = chunk or max(1, 2**26 // len(head.weight))              # 256 MiB of logits
+    hidden = causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state        # (B, T-1, H)
+    rows, t = mask[:, 1:].nonzero(as_tuple=True)        # (N,): the state at t predicts the token at t + 1
+    chunk = chunk or max(1, 2**26 // len(head.weight))  # 256 MiB of logits
     found = HeadLogps.apply(hidden[rows, t], head.weight, ids[rows, t + 1], temperature, chunk)
     return tuple(torch.zeros(ids.shape, device=ids.device).index_put((rows, t + 1), x) for x in found)
 
 
-# --------------------------------------------------------------------------------------------------------- update
+# ----------------------------------------------------------------------------------------------------- update
 @dataclass
 class MicroBatch:
-    """B trajectories that go through the network together. (B, T) unless noted, padded on the right with 0."""
+    """B trajectories that go through the network together: (B, T), padded on the right with 0."""
     rows: list[int]                     # their places in the batch
     ids: torch.Tensor
     mask: torch.Tensor                  # bool: True = sampled
@@ -167,37 +177,38 @@ class MicroBatch:
     ref: torch.Tensor | None = None
 
     def halves(self) -> list["MicroBatch"]:
-        """Two of half the rows; itself if it has one row."""
         n = (len(self.rows) + 1) // 2
-        parts = [slice(0, n), slice(n, None)][:len(self.rows)]
-        return [replace(self, **{k: v[part] for k, v in vars(self).items() if v is not None}) for part in parts]
+        parts = [slice(0, n), slice(n, None)][:len(self.rows)]      # one row cannot be halved
+        return [replace(self, **{k: v[p] for k, v in vars(self).items() if v is not None}) for p in parts]
 
 
 @dataclass
 class UpdateStats:
-    """Means over the loss tokens of all ranks; None where there were none, kl also where beta is 0."""
-    loss: float | None = None           # mean over the optimiser steps, each the loss of its whole step
+    """Means over the loss tokens of all ranks; None where there are none, and for kl where beta is 0."""
+    loss: float | None = None           # mean of the optimiser steps' losses, each of its whole step
     kl: float | None = None
     entropy: float | None = None
     clip_fraction: float | None = None
     off_policy: float | None = None     # share of tokens with |l_old - l_behaviour| > log(1 + eps_high)
     grad_norm: float | None = None      # before clipping, the largest of the optimiser steps
-    mismatch_mean: float | None = None  # |l_old - l_behaviour| on this rank's fresh tokens: sampler against scorer
+    mismatch_mean: float | None = None  # |l_old - l_behaviour| on this rank's fresh tokens
     mismatch_p99: float | None = None
-    off_policy_each: list[float] = field(default_factory=list)  # one a trajectory of the batch; out of the loss: 0
+    off_policy_each: list[float] = field(default_factory=list)     # by place in the batch; out of the loss: 0
     optimiser_steps: int = 0
-    tokens: int = 0                     # that were trained on, all optimiser steps together
+    tokens: int = 0                     # trained on, over all optimiser steps
     token_budget: int = 0               # half of the configured one after an out-of-memory
-    notes: list[str] = field(default_factory=list)              # for a person: what was skipped or retried
+    notes: list[str] = field(default_factory=list)                 # for a person: what was skipped or retried
 
 
 def in_loss(trajectory: Trajectory) -> bool:
-    """Overlong masking (DAPO section 3.4): what a token limit cut may have been right, so it is baseline only."""
+    """Overlong masking (DAPO section 3.4): what a token limit cut might have come right, so it is baseline
+    only."""
     return trajectory.stop_reason not in ("length", "context_limit") and any(trajectory.mask)
 
 
-def micro_batches(batch, rows: Sequence[int], token_budget: int, device) -> list[MicroBatch]:
-    """Those rows of the batch, longest first, filled up to token_budget padded tokens; a longer one goes alone."""
+def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device) -> list[MicroBatch]:
+    """Those rows of the batch, longest first, up to token_budget padded tokens each; a longer one goes
+    alone."""
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda i: len(batch[i][0].ids), reverse=True):
         if groups and (len(groups[-1]) + 1) * len(batch[groups[-1][0]][0].ids) <= token_budget:
@@ -208,110 +219,118 @@ def micro_batches(batch, rows: Sequence[int], token_budget: int, device) -> list
     def pad(group, name, dtype):                                                        # (B, T)
         tensors = [torch.tensor(getattr(batch[i][0], name), dtype=dtype) for i in group]
         return pad_sequence(tensors, batch_first=True).to(device)
-    return [MicroBatch(g, pad(g, "ids", torch.long), pad(g, "mask", torch.bool), pad(g, "logps", torch.float32),
+    return [MicroBatch(g, pad(g, "ids", torch.long), pad(g, "mask", torch.bool), pad(g, "logps", torch.float),
                        torch.tensor([[batch[i][1]] for i in g], device=device)) for g in groups]
 
 
+@torch.no_grad()
 def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, several_steps: bool):
     """l_old (if the batch takes several optimiser steps) and l_ref (if beta > 0), before the first step."""
     for micro in minibatch:
-        with torch.no_grad():
-            if several_steps:
-                micro.old, _ = token_logps(policy.model, micro.ids, micro.mask, cfg.temperature)
-            if cfg.beta:
-                with policy.reference():
-                    micro.ref, _ = token_logps(policy.model, micro.ids, micro.mask, cfg.temperature)
+        if several_steps:
+            micro.old, _ = token_logps(policy.model, micro.ids, micro.mask, cfg.temperature)
+        if cfg.beta:
+            with policy.reference():
+                micro.ref, _ = token_logps(policy.model, micro.ids, micro.mask, cfg.temperature)
 
 
 def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, tokens: float, sequences: float):
-    """Gradients of one optimiser step on this rank. Returns (sums over the loss tokens, rows that are not finite)."""
-    policy.model.zero_grad(set_to_none=True)                        # so that it can be run again after a failure
+    """Gradients of one optimiser step on this rank. Returns (sums over its loss tokens, rows that are not
+    finite)."""
+    policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, bad = Counter(), []
     for micro in minibatch:
-        logp, entropy = token_logps(policy.model, micro.ids, micro.mask, cfg.temperature)          # (B, T), (B, T)
+        logp, entropy = token_logps(policy.model, micro.ids, micro.mask, cfg.temperature)     # (B, T), (B, T)
         if cfg.epochs * cfg.minibatches == 1:
-            micro.old = logp.detach()                               # the only step: l_old is this very forward pass
-        normaliser = normalisers(cfg, micro.mask.sum(1, keepdim=True).float(), tokens, sequences)  # (B, 1)
+            micro.old = logp.detach()                   # the only step: l_old is this very forward pass
+        normaliser = normalisers(cfg, micro.mask.sum(1, keepdim=True).float(), tokens, sequences)     # (B, 1)
         loss, stats = grpo_loss(logp, micro.old, micro.behaviour, micro.ref, micro.advantage, micro.mask, cfg,
                                 normaliser)
         loss.backward()
         stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": micro.mask.sum()}
         sums.update({name: value.item() for name, value in stats.items()})
-        finite = (logp.detach() + micro.old + micro.behaviour + micro.advantage).isfinite().all(1)
-        bad += [row for row, ok in zip(micro.rows, finite.tolist()) if not ok]
+        finite = (logp.detach() + micro.old + micro.behaviour + micro.advantage).isfinite().all(1).tolist()
+        bad += [row for row, ok in zip(micro.rows, finite) if not ok]
     return sums, bad
 
 
-def halving(run: Callable, minibatch: list[MicroBatch], notes: list[str]):
-    """(run(minibatch), minibatch). After an out-of-memory it runs once more, on micro-batches of half the size."""
+def halving(run: Callable, minibatch: list[MicroBatch], stats: UpdateStats):
+    """(run(minibatch), minibatch). After an out-of-memory it runs once more, with micro-batches of half the
+    size."""
     try:
         return run(minibatch), minibatch
     except torch.OutOfMemoryError:
-        notes.append("out of memory in the update: tried again with micro-batches of half the size")
+        stats.notes.append("out of memory in the update: tried again with micro-batches of half the size")
+    stats.token_budget //= 2
     torch.cuda.empty_cache()            # not in the except block, where the traceback still holds the tensors
     halves = [half for micro in minibatch for half in micro.halves()]
     return run(halves), halves
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Sequence[tuple[Trajectory, float]],
-           cfg: GRPOConfig, fresh: Sequence[bool] | None = None, seed: int = 0) -> UpdateStats:
-    """Train on (trajectory, advantage) pairs: cfg.epochs passes, each of cfg.minibatches optimiser steps.
+def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: GRPOConfig,
+           fresh: Sequence[bool] | None = None, seed: int = 0) -> UpdateStats:
+    """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
-    Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one process
-    on the whole. fresh: which ones were just sampled (default: all). seed: of the split in minibatches. An
-    optimiser step whose gradient is not finite is skipped, on all ranks, and noted.
+    Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
+    process on the whole. fresh: which ones were just sampled (default: all). seed: of the split in
+    minibatches. An optimiser step whose gradient is not finite is skipped, on all ranks, and noted.
     """
     stats, sums, parameters = UpdateStats(token_budget=cfg.token_budget), Counter(), policy.trainable()
+    several_steps = cfg.epochs * cfg.minibatches > 1
     rows = [i for i, (trajectory, _) in enumerate(batch) if in_loss(trajectory)]
     random.Random(seed).shuffle(rows)
     minibatches = [micro_batches(batch, rows[k::cfg.minibatches], cfg.token_budget, policy.device)
                    for k in range(cfg.minibatches)]
-    several_steps = cfg.epochs * cfg.minibatches > 1
-    policy.model.train()                                            # dropout is 0; it only turns checkpointing on
+    policy.model.train()                                # there is no dropout; it only turns checkpointing on
     for k, minibatch in enumerate(minibatches):
-        _, minibatches[k] = halving(lambda m: score(policy, m, cfg, several_steps), minibatch, stats.notes)
+        _, minibatches[k] = halving(lambda m: score(policy, m, cfg, several_steps), minibatch, stats)
     for k in list(range(cfg.minibatches)) * cfg.epochs:
-        mine = [micro.mask for micro in minibatches[k]]
-        counts = total({"tokens": sum(int(m.sum()) for m in mine), "sequences": sum(map(len, mine))}, policy.device)
+        masks = [micro.mask for micro in minibatches[k]]
+        counts = {"tokens": sum(int(m.sum()) for m in masks), "sequences": sum(map(len, masks))}
+        counts = total(counts, policy.device)
         if counts["tokens"] == 0:
-            continue                                                # a step would only move Adam's momentum
-        (step_sums, bad), minibatches[k] = halving(lambda m: accumulate(policy, m, cfg, **counts), minibatches[k],
-                                                   stats.notes)
+            continue                                    # a step would only move Adam's momentum
+        (found, bad), minibatches[k] = halving(
+            lambda m: accumulate(policy, m, cfg, **counts), minibatches[k], stats)
         all_reduce_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
         if math.isfinite(norm):
             optimizer.step()
-            sums.update(step_sums)
+            sums.update(found)
             stats.optimiser_steps += 1
             stats.grad_norm = max(norm, stats.grad_norm or 0.0)
         else:
-            names = [f"{batch[i][0].task_id} sample {batch[i][0].sample}" for i in bad] or ["none of this process"]
-            stats.notes.append("optimiser step skipped, its gradient is not finite; not finite: " + ", ".join(names))
+            names = ", ".join(f"{batch[i][0].task_id} sample {batch[i][0].sample}" for i in bad)
+            stats.notes.append(f"optimiser step skipped: not finite is {names or 'the gradient'}")
     policy.model.zero_grad(set_to_none=True)
     policy.model.eval()
-    if stats.notes and "memory" in stats.notes[0]:
-        stats.token_budget //= 2
-    measure(stats, [m for minibatch in minibatches for m in minibatch], fresh or [True] * len(batch), cfg)
-    sums = total({name: sums[name] for name in ("loss", "kl", "entropy", "clipped", "off_policy", "tokens")},
-                 policy.device)
-    if sums["tokens"]:
-        stats.loss, stats.tokens = sums["loss"] / stats.optimiser_steps, int(sums["tokens"])
-        stats.kl = sums["kl"] / sums["tokens"] if cfg.beta else None
-        stats.entropy, stats.clip_fraction, stats.off_policy = (
-            sums[name] / sums["tokens"] for name in ("entropy", "clipped", "off_policy"))
+    fill(stats, sums, policy.device, cfg)
+    compare(stats, sum(minibatches, []), fresh or [True] * len(batch), cfg)
     return stats
 
 
-def measure(stats: UpdateStats, micro_batches: list[MicroBatch], fresh: Sequence[bool], cfg: GRPOConfig):
-    """How far l_old is from l_behaviour: per trajectory (for the queue), and on fresh ones (sampler against scorer)."""
+def fill(stats: UpdateStats, sums: Counter, device, cfg: GRPOConfig):
+    """Sums over this rank's tokens to means over all ranks'."""
+    names = ("loss", "kl", "entropy", "clipped", "off_policy", "tokens")
+    sums = total({name: sums[name] for name in names}, device)
+    if n := sums["tokens"]:
+        stats.tokens, stats.loss = int(n), sums["loss"] / stats.optimiser_steps
+        stats.entropy, stats.off_policy = sums["entropy"] / n, sums["off_policy"] / n
+        stats.clip_fraction = sums["clipped"] / n
+        stats.kl = sums["kl"] / n if cfg.beta else None
+
+
+def compare(stats: UpdateStats, micro_batches: list[MicroBatch], fresh: Sequence[bool], cfg: GRPOConfig):
+    """|l_old - l_behaviour| by trajectory (staleness, for the queue) and over the fresh (sampler against
+    scorer)."""
     stats.off_policy_each = [0.0] * len(fresh)
-    gaps = [torch.zeros(0)]
+    fresh_gaps = [torch.zeros(0)]
     for micro in micro_batches:
         for row, old, behaviour, mask in zip(micro.rows, micro.old, micro.behaviour, micro.mask):
             gap = (old - behaviour)[mask].abs().cpu()                                   # (N,)
             stats.off_policy_each[row] = (gap > math.log(1 + cfg.clip_high)).float().mean().item()
-            gaps += [gap] * fresh[row]
-    if len(gap := torch.cat(gaps)):
+            fresh_gaps += [gap] * fresh[row]
+    if len(gap := torch.cat(fresh_gaps)):
         stats.mismatch_mean = gap.mean().item()
         stats.mismatch_p99 = gap.sort().values[int(0.99 * (len(gap) - 1))].item()
 
@@ -324,7 +343,7 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(policy.trainable(), lr=lr, weight_decay=0.0)
 
 
-# ---------------------------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------------------------------------ several processes
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) outside of torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -339,29 +358,31 @@ def total(values: dict[str, float], device) -> dict[str, float]:
 
 
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]):
-    """Sum the gradients of all ranks in one message: a sum, for the normaliser is the whole step's already."""
+    """Sum the gradients of all ranks in one message: a sum, for the normaliser is the whole step's
+    already."""
     if world()[1] == 1:
         return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]     # None: no trajectory here
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # None: no trajectory
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
 
 
-# ------------------------------------------------------------------------------------------------- early warnings
-BOUNDS = (      # (metric, its mean over the last three steps is too low or high when ..., what to say)
-    ("exec_rate", lambda now, then: now < then / 2, "tool use collapses, code that runs: {then:.2f} -> {now:.2f}"),
-    ("entropy", lambda now, then: now < then / 10, "entropy collapses: {then:.3f} -> {now:.3f}; a lower lr helps"),
+# --------------------------------------------------------------------------------------------- early warnings
+BOUNDS = (      # (metric, what is wrong about its mean over the last three steps, in words)
+    ("exec_rate", lambda now, then: now < then / 2, "tool use collapses: code ran {then:.0%} -> {now:.0%}"),
+    ("entropy", lambda now, then: now < then / 10, "entropy collapses: {then:.3f} -> {now:.3f}; lower lr"),
     ("kl", lambda now, then: now > 0.5, "KL to the reference is {now:.2f} a token; raise beta or lower lr"),
-    ("clip_fraction", lambda now, then: now > 0.3, "{now:.0%} of tokens are clipped; lower lr, or fewer minibatches"),
+    ("clip_fraction", lambda now, then: now > 0.3, "{now:.0%} of tokens are clipped; lower lr"),
     ("mismatch_mean", lambda now, then: now > 0.05, "sampler and scorer differ by {now:.3f} a token"),
-    ("signal_share", lambda now, then: now == 0, "no group has both right and wrong answers: too easy or too hard"),
+    ("signal_share", lambda now, then: now == 0, "no group has both right and wrong answers"),
 )
 
 
 def bad_signs(history: Sequence[dict]) -> dict[str, str]:
-    """{metric: what is wrong with it now}; then = the mean of its first three steps, now = of its last three."""
+    """{metric: what is wrong with it}; now is the mean of its last three steps, then that of its first
+    three."""
     found = {}
     for key, wrong, text in BOUNDS:
         values = [m[key] for m in history if m.get(key) is not None]
@@ -372,6 +393,7 @@ def bad_signs(history: Sequence[dict]) -> dict[str, str]:
 
 
 def warnings_for(history: Sequence[dict]) -> list[str]:
-    """What a practitioner should hear after the last step in `history` (metrics): each warning when it begins."""
+    """What a practitioner should hear after the last step of `history` (metrics): each warning when it
+    begins."""
     before = bad_signs(history[:-1])
     return [text for key, text in bad_signs(history).items() if key not in before]

@@ -135,11 +135,18 @@ def readable_errors(what: str, hint: str):
     """Whatever a library raises over a file or the network, as one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:200]}. {hint}") from error
 
 
 HUB_HINT = "Without network, give a local folder (--model DIR) or take the built-in model (--model tiny)"
+
+
+def in_nf4(quantize: str, parameters: int, on_gpu: bool) -> bool:
+    """Whether "nf4", "none" or "auto" means NF4: "auto" does on a GPU from 1e9 parameters on."""
+    if quantize not in ("auto", "none", "nf4"):
+        raise UserError(f"--quantize {quantize}: it is auto, none or nf4")
+    return quantize == "nf4" or (quantize == "auto" and on_gpu and parameters >= 1e9)
 
 
 def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -163,7 +170,7 @@ def never_repack(model: torch.nn.Module):
 
 
 def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
-    """The adapter in `folder`, trainable. UserError if there is none, it is a pickle, or it does not fit the
+    """The adapter in `folder`, trainable. UserError if there is none, or a pickle, or one for another
     base."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
@@ -176,19 +183,18 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
 def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, lora_r: int = 16,
                 lora_alpha: int = 32, seed: int = 0, device: str | None = None,
                 dtype: torch.dtype | None = None) -> Policy:
-    """Load `model` (see resolve_model) with the adapter in folder `adapter`, else with a new one drawn from
-    `seed`.
+    """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
-    quantize: "nf4", "none", or "auto", which is nf4 on a GPU from 1e9 parameters on. dtype: of the base, bf16
-    on a GPU and fp32 on the CPU unless given. UserError for whatever a user can get wrong.
+    quantize: see in_nf4. dtype: of the base, by default bf16 on a GPU and fp32 on the CPU. UserError for
+    whatever a user can get wrong.
     """
     name, config = resolve_model(model), model_config(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu, parameters = device.type == "cuda", sum(parameter_counts(config))
     with readable_errors(f"the tokenizer of {name}", HUB_HINT):
-        # tokenizer.json as it is: AutoTokenizer makes a Qwen2 tokenizer anew, and drops the built-in one's splitting
+        # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=offline(name))
-    nf4 = quantize == "nf4" or (quantize == "auto" and on_gpu and parameters >= 1e9)
+    nf4 = in_nf4(quantize, parameters, on_gpu)
     base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32))
     if adapter is not None:
         network = load_adapter(base, Path(adapter))
@@ -206,8 +212,7 @@ def save_adapter(policy: Policy, folder: Path):
     """Adapter (safetensors) and tokenizer, for `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.
 
     The file names the base by hub id, or by absolute path if it is a folder (as the built-in model is). On
-    another machine one names it: `PeftModel.from_pretrained(base, folder)`; `load_policy(model,
-    adapter=folder)` always does.
+    another machine one names the base oneself, as `load_policy(model, adapter=folder)` always does.
     """
     policy.model.peft_config["default"].base_model_name_or_path = policy.name
     policy.model.save_pretrained(folder, save_embedding_layers=False)
@@ -233,7 +238,9 @@ def model_config(model: str):
         return Qwen2Config(**dict(zip(keys, QWEN25[model])))
     name = resolve_model(model)
     with readable_errors(f"the model {name}", HUB_HINT):
-        return AutoConfig.from_pretrained(name, local_files_only=offline(name))
+        config = AutoConfig.from_pretrained(name, local_files_only=offline(name))
+        parameter_counts(config)                                # raises for shapes that are not Llama's
+        return config
 
 
 def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_r: int = 16) -> dict:
@@ -271,16 +278,16 @@ class Plan:
     def __str__(self) -> str:
         peak = tuple(sum(column) for column in zip(*self.parts.values()))
         rows = [f"{part:<38}{a:>9.2f}{b:>9.2f}" for part, (a, b) in (self.parts | {"peak": peak}).items()]
-        return "\n".join([f"{'memory plan, GiB':<38}{'sampling':>9}{'update':>9}", *rows,
-                          f"{self.slots} slots, micro-batches of {self.token_budget} tokens, context "
-                          f"{self.context_tokens}"])
+        chosen = (f"{self.slots} slots of {self.context_tokens} tokens of context, micro-batches of "
+                  f"{self.token_budget} tokens")
+        return "\n".join([f"{'memory plan, GiB':<38}{'sampling':>9}{'update':>9}", *rows, chosen])
 
 
 def fit(model: str, room: float, quantize: str, preset: Preset | None) -> Plan | None:
     """The longest context (the preset's, or halves of it down to 2048), then the most slots and tokens."""
     config = model_config(model)
     parameters = sum(parameter_counts(config))
-    nf4 = quantize == "nf4" or (quantize == "auto" and parameters >= 1e9)
+    nf4 = in_nf4(quantize, parameters, on_gpu=True)
     preset = preset or preset_for(parameters)
 
     def fits(slots, tokens, context):
@@ -296,11 +303,11 @@ def fit(model: str, room: float, quantize: str, preset: Preset | None) -> Plan |
 
 
 def plan_memory(model: str, vram: float, quantize: str = "auto", preset: Preset | None = None) -> Plan:
-    """How to use a card of `vram` GiB, keeping 8 % back. UserError, saying what would fit, if the model does
+    """How to use a card of `vram` GiB, of which 8 % stay free. UserError, saying what fits, if this does
     not."""
     if plan := fit(model, 0.92 * vram, quantize, preset):
         return plan
     fitting = [f"{other} in nf4 with a context of {plan.context_tokens} does"
                for other in (model, *reversed(QWEN25)) if (plan := fit(other, 0.92 * vram, "nf4", None))]
-    raise UserError(f"{model} (--quantize {quantize}) does not fit {vram:g} GiB with a context of 2048 tokens "
-                    f"or more; {(fitting or ['no Qwen2.5 model does'])[0]}")
+    raise UserError(f"{model} (--quantize {quantize}) does not fit {vram:g} GiB with 2048 or more tokens of "
+                    f"context; {(fitting or ['no Qwen2.5 model does'])[0]}")

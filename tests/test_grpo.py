@@ -16,6 +16,7 @@ from policy import load_policy
 from reward import Reward
 from rollout import Trajectory
 from test_policy import make_model, stir
+from tools import UserError
 
 LOSSES = ("dapo", "grpo", "dr_grpo")
 
@@ -54,6 +55,11 @@ def test_failures_of_the_judge_take_no_part_and_failures_of_the_model_do():  # t
     judged = group_advantages([reward(1.0), reward(0.0), reward(0.0)], "dr_grpo")
     with_failure = group_advantages([reward(1.0), reward(None), reward(0.0), reward(0.0)], "dr_grpo")
     assert with_failure == [judged[0], None, judged[1], judged[2]] and judged[0] == pytest.approx(2 / 3)
+
+
+def test_an_unknown_loss_is_refused():  # trap 11: it would silently be another one
+    with pytest.raises(UserError, match="ppo.*dapo, grpo or dr_grpo"):
+        GRPOConfig(loss="ppo")
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

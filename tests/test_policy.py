@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
+)  # fmt: skip
 
 import policy as policy_module
 from meter import LiveBytes
@@ -148,6 +150,14 @@ def test_a_folder_without_weights_or_with_pickled_ones(folder, tmp_path):
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot load"):
         load_policy(str(tmp_path))
+
+
+def test_other_shapes_and_unknown_quantisation_are_refused(folder, tmp_path):
+    GPT2Config(n_embd=64, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot load"):
+        load_policy(str(tmp_path))
+    with pytest.raises(UserError, match="int8"):
+        load_policy(str(folder), quantize="int8")
 
 
 # ---------------------------------------------------------------------------------------------------------------- NF4
