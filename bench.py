@@ -1,7 +1,7 @@
 """Benchmarks: `python bench.py {rollout,executor,update} [--quick] [--json FILE]`.
 
-One section a room, each with a function `bench_<room>(args) -> dict`: it prints its figures and returns them for
---json. What is compared runs in one process: machines differ, and are noisy. No room imports this file.
+One section a room, each with a function `bench_<room>(args) -> dict`: it prints its figures and returns them
+for --json. What is compared runs in one process: machines differ, and are noisy. No room imports this file.
 Reading order: any section; `main` ties them together.
 """
 import argparse
@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive 
 import grpo
 import rollout
 from oracle import oracle
-from policy import Policy, Preset, head_size, memory
+from policy import Policy, Preset, head_size, memory, never_repack
 from tools import UserError
 
 # ------------------------------------------------------------------------------------------------ the rollout
@@ -100,7 +100,7 @@ def scripted(work: Workload, vocabulary: int, latency=(0.0, 0.0)) -> list[Script
 
 
 def random_model(name: str, device: str):
-    """That shape with random weights: "small" in fp32, the others as they train: NF4 + LoRA, bf16 on a GPU."""
+    """That shape with random weights: "small" in fp32, the others as in training: NF4 + LoRA, bf16 on GPU."""
     config = Qwen2Config(**dict(zip(SHAPE, SHAPES[name])), max_position_embeddings=32768)
     dtype = torch.float32 if name == "small" or device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
@@ -160,7 +160,8 @@ class Stopwatch:
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
         seconds = wall if self.gpu else cpu
         peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.gpu else {}
-        return peak | {"seconds": seconds, "wall_s": wall, "sampled": sampled, "tokens_per_s": sampled / seconds}
+        return {"seconds": seconds, "wall_s": wall, "sampled": sampled,
+                "tokens_per_s": sampled / seconds} | peak
 
 
 @torch.no_grad()
@@ -257,7 +258,7 @@ def random_batch(vocabulary: int, lengths: list[int]) -> list[tuple[rollout.Traj
     return batch
 
 
-def naive_logps(hidden, head, ids):                                     # (B, T, H), (V, H), (B, T) -> (B, T-1)
+def naive_logps(hidden, head, ids):                                    # (B, T, H), (V, H), (B, T) -> (B, T-1)
     logits = (hidden @ head.T).float()                                  # (B, T, V)
     return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
@@ -334,6 +335,7 @@ def bench_real_shape(args) -> dict:
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     network, figures, slots = random_model(args.model_config, "cuda" if gpu else "cpu"), {}, 16 if gpu else 8
     network.activation_checkpointing_enable({"use_reentrant": False})
+    never_repack(network)
     policy, vocabulary = as_policy(network), network.config.vocab_size
     optimizer = grpo.make_optimizer(policy, 1e-5)
     grpo.update(policy, optimizer, random_batch(vocabulary, [16]), grpo.GRPOConfig())   # makes the optimiser's states
