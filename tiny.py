@@ -18,6 +18,7 @@ import argparse
 import csv
 import io
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ PIECES = rf"\n?```(?:python\n)?|{NAME}| ?[a-z_]+|[A-Z][a-z]*|\d|{MARKS}|\s"
 SHARES = (0.34, 0.5, 0.16)      # of the right way, the common wrong way and the rare wrong way
 ROWS = 'import csv\nrows = list(csv.DictReader(open("shop.csv")))\n'
 CELL = 'final_answer([r["%s"] for r in rows if r["item"] == "{name}"][0])'
-TOTAL = 'final_answer(sum(int(r["{%s}"]) for r in rows))'
+OVER = 'final_answer(%s(int(r["{%s}"]) for r in rows))'
 DAYS = 'from datetime import date\nfinal_answer((date.fromisoformat("{%s}") - date.fromisoformat("{%s}")).days)'
 LIST = 'names = ["{name0}", "{name1}", "{name2}"]\n[lookup(n, "population") for n in names]'
 GUESS = "final_answer({guess})"
@@ -56,16 +57,16 @@ DEMOS = {
     "lookup": [("look it up", 'final_answer(lookup("{name}", "{field}"))', 'final_answer(lookup("{name}", "{other}"))',
                 GUESS)],
     "convert": [("convert it", 'final_answer(convert({value}, "{source}", "{target}"))',
-                 'final_answer(convert({value}, "{target}", "{source}"))', "final_answer({value})")],
+                 "final_answer({value})", 'final_answer(convert({value}, "{target}", "{source}"))')],
     "column": [("read the row", ROWS + CELL % "{column}", ROWS + CELL % "item", GUESS)],
     "total": [("read the table", ROWS + "rows[0]"),
-              ("add the column", TOTAL % "column", TOTAL % "other", "final_answer(len(rows))")],
+              ("add the column", OVER % ("sum", "column"), OVER % ("max", "column"), OVER % ("sum", "other"))],
     "twin": [("find the twin", 'town = lookup("{name}", "twin")\ntown'),
              ("look it up", 'final_answer(lookup(town, "{field}"))', 'final_answer(lookup("{name}", "{field}"))',
               "final_answer(town)")],
     "tower": [("find the height", 'h = lookup("{name}", "tower")\nh'),
               ("give the height", 'final_answer(convert(h[0], "{h[1]}", "{unit}"))', "final_answer(h[0])",
-               'final_answer(convert(h[0], "{unit}", "{h[1]}"))')],
+               GUESS)],
     "mayor": [("find the mayor", *['s = search("mayor of {name}")\ns'] * 2, 's = search("{name}")\ns'),
               ("look it up", 'final_answer(lookup("{s:.9}", "born"))', 'final_answer(lookup("{s:.9}", "home"))', GUESS)],
     "gap": [("find the first", 'a = lookup("{name}", "population")\na'),
@@ -206,4 +207,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        raise SystemExit(f"tiny.py: {error}") from None
+        print(f"tiny.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,136 @@
+"""The built-in model: the kept files are what the builder makes, and its demonstrations are what rollouts look like."""
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from executor import Executor
+from policy import TINY, TINY_DIR, load_policy
+from rollout import Chat, Sampling, rollout
+from tasks import BUILTIN_TOOLS, CORE, PERSON, TOWN, Task, builtin_tasks, draw, side
+from tools import ToolContext
+
+ROOT = Path(__file__).resolve().parent.parent
+WAYS = [(family, way) for family in tiny.DEMOS for way in range(3)]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(AutoTokenizer.from_pretrained(TINY_DIR))
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    """The builder itself, for two steps of each kind."""
+    out = tmp_path_factory.mktemp("built") / "tiny"
+    command = [sys.executable, ROOT / "tiny.py", "--out", out, "--copy-steps", "2", "--steps", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def test_the_builder_makes_the_kept_files(rebuilt):
+    assert {f.name for f in rebuilt.iterdir()} == {f.name for f in TINY_DIR.iterdir()}
+    for file in rebuilt.iterdir():
+        if file.suffix != ".safetensors":
+            assert file.read_bytes() == (TINY_DIR / file.name).read_bytes(), file.name
+    new, kept = load_file(rebuilt / "model.safetensors"), load_file(TINY_DIR / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in new.items()} == {n: (t.shape, t.dtype) for n, t in kept.items()}
+    assert (TINY_DIR / "model.safetensors").stat().st_size < 2.1e6
+
+
+def test_the_builder_overwrites_nothing(rebuilt):
+    before = (rebuilt / "model.safetensors").read_bytes()
+    run = subprocess.run([sys.executable, ROOT / "tiny.py", "--out", rebuilt], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("tiny.py: ")
+    assert (rebuilt / "model.safetensors").read_bytes() == before
+
+
+def test_autotokenizer_gives_the_tokens_the_model_was_trained_with(chat):
+    """For model type qwen2 it puts its own pre-tokenizer in: the model then reads and writes garbage."""
+    built, loaded = tiny.build_tokenizer(0), chat.tokenizer
+    text = 'How many ft are 37 m?\nfinal_answer(lookup("Kavodu", "area"))\n```'
+    assert loaded.tokenize(text) == built.tokenize(text)
+    assert loaded.get_chat_template() == built.get_chat_template() == tiny.TEMPLATE
+    assert len(loaded) == tiny.VOCABULARY == AutoModelForCausalLM.from_pretrained(TINY_DIR).config.vocab_size
+    assert loaded.convert_tokens_to_ids(["<|im_end|>"])[0] == loaded.eos_token_id != loaded.pad_token_id
+
+
+def test_a_name_has_the_same_three_tokens_wherever_it_stands(chat):
+    name = chat.encode("Kavodu")
+    assert len(name) == 3
+    for text in ("of Kavodu?", '("Kavodu", "area")', "'Kavodu'", "[\"Bibibi\", \"Kavodu\"]"):
+        ids = chat.encode(text)
+        assert any(ids[i:i + 3] == name for i in range(len(ids))), text
+    assert [chat.tokenizer.decode([i]) for i in chat.encode("1024")] == ["1", "0", "2", "4"]
+
+
+@pytest.mark.parametrize("family, way", WAYS)
+def test_a_demonstration_reads_as_a_chat_and_fits_the_preset(chat, family, way):
+    ids, mask = tiny.demonstrate(chat, family, random.Random(5), way)
+    text = chat.tokenizer.decode(ids)
+    roles = [part.removesuffix("\n").removesuffix("<|im_end|>").split("\n", 1)
+             for part in text.split("<|im_start|>")[1:]]
+    assert [r for r, _ in roles] == ["system", "user"] + ["assistant", "user"] * (len(roles) // 2 - 2) + ["assistant"]
+    rendered = chat.tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in roles], tokenize=False)
+    assert rendered == text + "<|im_end|>\n"          # the rollout forces what follows the closing fence
+    policy = chat.tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert policy == "".join(c for r, c in roles if r == "assistant") and policy.startswith("Thought: ")
+    turns = [chat.encode(c) for r, c in roles if r == "assistant"]
+    assert sum(map(len, turns)) == sum(mask)
+    assert len(ids) < TINY.context_tokens - 64 and len(turns) <= TINY.max_turns
+    assert max(map(len, turns)) < TINY.turn_tokens and TINY.prompt == "short"
+    assert "tokens left out" not in text
+
+
+def test_demonstrations_show_training_names_only_and_mostly_wrong_ways(chat):
+    texts = [chat.tokenizer.decode(tiny.demonstrate(chat, family, random.Random(9), way)[0]) for family, way in WAYS]
+    names = set(re.findall(rf"\b(?:{PERSON.pattern}|{TOWN.pattern})\b", "".join(texts)))
+    assert len(names) > 40 and {side(name) for name in names} == {0}
+    right, common, rare = tiny.SHARES
+    assert common > right > rare and sum(tiny.SHARES) == pytest.approx(1)
+
+
+def test_the_executor_shows_what_the_demonstrations_show(chat):
+    """They run in the builder's process for speed; here the same code runs in the real sandbox."""
+    with Executor(sandbox="auto") as executor:
+        for family in tiny.DEMOS:
+            ids, mask = tiny.demonstrate(chat, family, random.Random(11), 0)
+            drawn = draw(family, "train", random.Random(11))
+            parts = chat.tokenizer.decode(ids).split("<|im_start|>")
+            codes = [p.split("```python\n")[1].split("\n```")[0] for p in parts if p.startswith("assistant")]
+            seen = [p.split("Observation:\n")[1].split("<|im_end|>")[0] for p in parts if "Observation:" in p]
+            tools = {tool.name: tool.bind(ToolContext()) for tool in BUILTIN_TOOLS}
+            with executor.session(tools=tools, files=drawn.files) as session:
+                results = [session.run(code) for code in codes]
+            assert [r.observation() for r in results[:-1]] == seen
+            assert results[-1].answer == str(drawn.answer) and all(r.status == "ok" for r in results)
+
+
+def success(policy, tasks: list[Task], temperature: float) -> tuple[float, float]:
+    """(share of right answers, share of turns whose code ran), through the rollout and the executor."""
+    sampling = Sampling(temperature=temperature, max_turns=TINY.max_turns, turn_tokens=TINY.turn_tokens,
+                        context_tokens=TINY.context_tokens, observation_tokens=TINY.observation_tokens)
+    with Executor() as executor:
+        found = [group[0] for group in rollout(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, seed=0)]
+    statuses = [step.status for t in found for step in t.steps]
+    right = [t.answer == task.answer for t, task in zip(found, tasks)]
+    return sum(right) / len(right), statuses.count("ok") / len(statuses)
+
+
+def test_the_kept_model_writes_code_that_runs_and_is_mostly_wrong():
+    right, ran = success(load_policy("tiny"), builtin_tasks("heldout", 48, 0, CORE), 0.0)
+    assert 0.05 < right < 0.6 and ran > 0.9
+
+
+@pytest.mark.slow
+def test_the_kept_model_is_where_learning_shall_begin():
+    """At most 0.40 greedy and 0.35 sampled on 400 held-out core tasks, and not far below: something to reinforce."""
+    policy, tasks = load_policy("tiny"), builtin_tasks("heldout", 400, 0, CORE)
+    assert 0.15 < success(policy, tasks, 0.0)[0] <= 0.40
+    assert 0.20 < success(policy, tasks, 1.0)[0] <= 0.35
