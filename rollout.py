@@ -4,11 +4,11 @@ Owns the prompt, the turn protocol, `Trajectory` and the engine that generates. 
 sample through `rollout`. Read in this order: Step, Trajectory, Sampling -> Chat, build_prompt -> Episode (the
 protocol of one trajectory; knows no tensors) -> KVCache, Batch, attend -> Engine (knows no text) -> rollout.
 
-How the engine works. B slots hold one trajectory each; their keys and values lie in one preallocated cache,
-with a length per slot. A step forwards what each slot has not forwarded yet: the token it sampled, or a chunk of
-its prompt or of an observation. All these tokens lie end to end in ONE row of N tokens, so the linear layers see
-no padding; only attention knows about slots. It is a function of our own, registered with transformers, and
-serves every causal LM that looks its attention up by name, wrapped by PEFT or not, quantised or not.
+How the engine works. B slots hold one trajectory each; their keys and values lie in one preallocated cache.
+A step forwards what each slot has not forwarded yet: the token it sampled, or a chunk of its prompt or of an
+observation. All these tokens lie end to end in ONE row of N tokens, so the linear layers see no padding; only
+attention knows of slots. It is a function of our own, registered with transformers, and serves all LMs that
+look their attention up by name, wrapped by PEFT or not, quantised or not.
 * A group's prompt is forwarded once; siblings copy its keys and values and forward only its last token.
 * Code and tools run in threads while other slots decode; a free slot is refilled at once.
 * Nothing is kept between calls: the policy changes there, and a cached prefix would be the old policy's.
@@ -35,7 +35,7 @@ from policy import head_size
 from tools import ToolContext, UserError, prompt_text
 
 CODE = re.compile(r"```(?:python|py)[^\S\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-NO_CODE = "There is no complete ```python block. Write one; call final_answer(...) in it once you know the answer."
+NO_CODE = "There is no complete ```python block. Write one; call final_answer(...) in it when you know it."
 SHORT = "Solve the task with Python code."
 FULL = """\
 You answer a question in several turns. In each turn write one thought and one Python block, then stop:
@@ -66,13 +66,13 @@ class Step:
 
 @dataclass
 class Trajectory:
-    """`ids`, `mask` and `logps` have one length; logp is 0.0 where mask is 0: prompt, observation, template."""
+    """`ids`, `mask`, `logps` have one length; logp is 0.0 where mask is 0: prompt, observation, template."""
     task_id: str
     sample: int                 # index in its group
     seed: int                   # of the rollout; with task_id and sample it fixes the random stream
     ids: list[int]              # ends with the last sampled token
     mask: list[int]             # 1 = sampled by the policy, the token that ends a turn included
-    logps: list[float]          # log pi(token) of the behaviour policy at the sampling temperature; greedy: at 1
+    logps: list[float]         # log pi(token) of the behaviour policy at the sampling temperature (greedy: 1)
     prompt_length: int
     steps: list[Step]
     answer: str | None
@@ -112,8 +112,11 @@ class Chat:
         self.tokenizer = tokenizer
         marks = [f"\x02{i}\x03" for i in range(4)]
         messages = [{"role": r, "content": m} for r, m in zip(("system", "user", "assistant", "user"), marks)]
-        full, first = (tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)
-                       for m in (messages, messages[:2]))
+        try:
+            full, first = (tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)
+                           for m in (messages, messages[:2]))
+        except Exception as error:      # there is none, or it raises: a template is a program
+            raise UserError(f"the model's chat template cannot be used: {error}") from error
         pieces = re.split("|".join(marks), full)
         if len(pieces) != 5:
             raise UserError("the chat template does not write system, user, assistant and user as they are")
@@ -123,6 +126,7 @@ class Chat:
         self.stops = {self.turn_end, tokenizer.eos_token_id} - {None}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()     # code may print half a surrogate pair
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
 
     def prompt(self, system: str, user: str) -> list[int]:
@@ -301,7 +305,8 @@ AttentionInterface.register("rollout", attend)
 def sampling_mode(model, deterministic: bool) -> Iterator[None]:
     """Eval mode, `attend`, no gradients, one thread if deterministic; afterwards all as it was before."""
     config, training, threads = model.config, model.training, torch.get_num_threads()
-    if set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "sliding_window", None):
+    other = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if other or getattr(config, "sliding_window", None):
         raise UserError("models with sliding-window or linear attention cannot be sampled here")
     attention = config._attn_implementation
     model.eval()
@@ -318,7 +323,7 @@ def sampling_mode(model, deterministic: bool) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------- the engine
 def sample(logits, temperature: float, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, V), (n,) -> token ids (n,), their fp32 log pi (n,): inverse CDF of softmax(logits / temperature)."""
+    """(n, V), (n,) -> ids (n,), their fp32 log pi (n,): the inverse CDF of softmax(logits / temperature)."""
     logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)            # (n, V)
     if temperature == 0:
         ids = logits.argmax(dim=-1, keepdim=True)                                       # (n, 1)
@@ -347,13 +352,13 @@ class Engine:
         # tokens known; tokens whose keys and values are in the cache; where the turn began; where it is cut
         self.total, self.done, self.turn, self.limit = np.zeros((4, slots), dtype=np.int64)
         self.running = np.zeros(slots, dtype=bool)      # False: free, or waits for a result
-        self.group = np.full(slots, -1)     # whose prompt the cache begins with, also when the slot is free again
+        self.group = np.full(slots, -1)     # whose prompt the cache begins with, also while the slot is free
         self.episodes, self.began = [None] * slots, [0.0] * slots
         self.flight: list[tuple] = []       # (step at which it is due, slot, future), oldest first
-        self.steps = self.forwarded = self.sampled = 0      # tokens forwarded, tokens sampled
-        self.idle = 0.0                                 # seconds in which no slot could decode
-        position = 2 * self.cache.layers[0][0][0, :, 0].nbytes  # of one layer
-        # an attention call costs about as much as reading so many positions (estimated for the GPU)
+        self.steps = self.forwarded = self.sampled = 0      # steps, tokens forwarded, tokens sampled
+        self.idle = 0.0                     # seconds in which no slot could decode
+        # an attention call costs about as much as reading so many positions of a slot (GPU: an estimate)
+        position = 2 * self.cache.layers[0][0][0, :, 0].nbytes
         self.call_cost = (60e6 if self.device.type == "cuda" else 2e5) / position
 
     def run(self, episodes: list) -> Iterator[tuple]:
@@ -365,9 +370,11 @@ class Engine:
                 while waiting and free and self.admit(waiting[0], free):
                     waiting.popleft()
                 for slot in self.collect():
-                    pool.submit(self.episodes[slot].close)
+                    n, episode, self.episodes[slot] = self.total[slot], self.episodes[slot], None
+                    pool.submit(episode.close)
                     free.append(slot)
-                    yield self.finish(slot)
+                    columns = [array[slot, :n].tolist() for array in (self.tokens, self.mask, self.logps)]
+                    yield episode, *columns, time.perf_counter() - self.began[slot]
                 if self.running.any():
                     batch, rows, last = self.plan()
                     ids, logps = self.forward(batch, rows, last)
@@ -404,7 +411,7 @@ class Engine:
         self.limit[slot] = min(at + self.episodes[slot].turn_tokens, self.context)
 
     def collect(self) -> list[int]:
-        """Append the observations that are there; returns the slots that ended. Waits if nothing can decode."""
+        """Append the observations that are there; returns slots that ended. Waits only if none can decode."""
         began, stuck, ended = time.perf_counter(), not self.running.any(), []
         if self.deterministic:
             ready = [item for item in self.flight if stuck or item[0] <= self.steps]
@@ -429,13 +436,8 @@ class Engine:
                 ended.append(slot)
         return ended
 
-    def finish(self, slot: int) -> tuple:
-        n, episode, self.episodes[slot] = self.total[slot], self.episodes[slot], None
-        columns = [array[slot, :n].tolist() for array in (self.tokens, self.mask, self.logps)]
-        return episode, *columns, time.perf_counter() - self.began[slot]
-
     def plan(self) -> tuple[Batch, np.ndarray, np.ndarray]:
-        """What this step forwards; the slots (n,) that sample after it and their last tokens' indices (n,)."""
+        """What this step forwards; the slots (n,) that sample after it, their last tokens' indices (n,)."""
         rows = np.flatnonzero(self.running)
         size = np.minimum(self.total[rows] - self.done[rows], self.CHUNK)
         order = np.argsort(size, kind="stable")         # single tokens first, then the shortest chunks
@@ -456,7 +458,7 @@ class Engine:
         return batch, rows[complete], end[complete] - 1
 
     def blocks(self, rows: np.ndarray) -> list[tuple]:
-        """Neighbouring slots attend in one call, in the longest's span, where a second call would cost more."""
+        """Neighbouring slots share a call, with the longest's span, where a second call would cost more."""
         found: list[list[int]] = []                                                     # [lo, hi, span]
         for slot, length in zip(rows.tolist(), self.done[rows].tolist()):
             lo, hi, span = found[-1] if found else (slot, slot, 0)
@@ -523,7 +525,7 @@ def fitting_slots(model, context: int) -> int:
     """How many slots fit: into 80 % of the free memory of a GPU, or a quarter of the machine's memory."""
     config, weight = model.config, model.get_input_embeddings().weight
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config)
-    each = (a_token * weight.element_size() + 8) * context + 24 * config.vocab_size     # cache, uniforms; logits
+    each = (a_token * weight.element_size() + 8) * context + 24 * config.vocab_size   # + uniforms, logits
     if weight.device.type == "cuda":
         cached = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
         room, most = 0.8 * (torch.cuda.mem_get_info(weight.device)[0] + cached), 256
@@ -533,7 +535,8 @@ def fitting_slots(model, context: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------- the call
-def make_episodes(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int) -> list:
+def make_episodes(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int,
+                  seed: int) -> list[Episode]:
     chat = Chat(policy.tokenizer)
     prompts = [build_prompt(policy.tokenizer, task, tools, policy.preset.prompt) for task in tasks]
     return [Episode(task, i, seed, group, prompts[group], chat, executor, tools, sampling)
@@ -544,8 +547,8 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
             progress=None) -> list[list[Trajectory]]:
     """Sample `samples` trajectories for each task with the policy as it is now: one list for each task.
 
-    Inside `policy.reference()` it is the reference policy that is sampled. progress: a tqdm bar, advanced by one
-    a trajectory. Raises UserError for a chat template, a prompt style or a model that cannot be used; what goes
+    Inside `policy.reference()` it is the reference policy that is sampled. progress: a tqdm bar, one a
+    trajectory. Raises UserError for a chat template, a prompt style or a model that cannot be used; what goes
     wrong in one trajectory ends that one, with stop_reason "error".
     """
     model, context, done = policy.model, sampling.context_tokens, {}

@@ -1,8 +1,8 @@
 """The naive way to sample, as short as it goes: `generate` for every turn, from the first token on again.
 
-The oracle that `rollout.Engine` is tested and measured against. It takes the same episodes, so the protocol is the
-same; only the generation differs: left-padded batches, all of the history forwarded again in every turn, everybody
-waits for the slowest row and for the slowest tool.
+The oracle that `rollout.Engine` is tested and measured against. It takes the same episodes, so the protocol
+is the same; only the generation differs: batches padded on the left, the history forwarded again every turn,
+and everybody waits for the slowest row and for the slowest tool.
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,11 +30,11 @@ class TurnEnds(StoppingCriteria):
 def one_turn(model, rows: list[list[int]], episodes, limits, watch, temperature) -> list[list[int]]:
     """The next turn of every row: generate over the left-padded histories."""
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=model.device)                     # (B, T)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)         # (B, T)
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=model.device)               # (B, T)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)   # (B, T)
     ends = TurnEnds(episodes, limits, watch, width)
-    greedy = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
-    config = GenerationConfig(max_new_tokens=max(limits), top_k=0, pad_token_id=0, **greedy)    # top_k is 50 if unsaid
+    how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}     # top_k is 50 else
+    config = GenerationConfig(max_new_tokens=max(limits), pad_token_id=0, **how)
     config.eos_token_id = None
     out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[ends])
     return [out[i, width:width + n].tolist() for i, n in enumerate(ends.lengths)]

@@ -1,13 +1,12 @@
-"""rollout.py: exact log-probs, the oracle's trajectories token for token, the turn protocol, failures, reproducibility.
+"""rollout.py: exact log-probs, the oracle's very trajectories, the protocol, failures, reproducibility.
 
-Three kinds of models: random ones (numbers), `Parrot` (random, but it says what a script tells it: the protocol end to
-end), and the built-in tiny model with the real executor.
+Three kinds of models: random ones (numbers), `Parrot` (random, but it says what a script says: the protocol
+end to end), and the built-in tiny model with the real executor.
 """
 import dataclasses
 import itertools
 import os
 import signal
-import threading
 import time
 from types import SimpleNamespace
 
@@ -17,8 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
-    Qwen3ForCausalLM,
+    LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
+    Qwen3Config, Qwen3ForCausalLM,
 )
 
 import rollout as room
@@ -26,15 +25,18 @@ from bench import Scripted, Workload, scripted
 from executor import Executor, Limits
 from oracle import oracle
 from policy import load_policy
-from rollout import CODE, Chat, Engine, Episode, Sampling, Trajectory, build_prompt, make_episodes, rollout, sampling_mode
+from rollout import (
+    CODE, Chat, Engine, Episode, Sampling, Trajectory, build_prompt, make_episodes, rollout, sampling_mode,
+)
 from tasks import BUILTIN_TOOLS, Task, builtin_tasks
 from tools import ToolContext, UserError, tool
 
-QWEN = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+QWEN = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # As Qwen3's: a turn that is not the last loses what it thought.
 FORGETFUL = QWEN.replace("m.content +", "(m.content if loop.last else m.content.split('</think>')[-1]) +")
-TEXT = ["Thought: print it.\n```python\nprint(1)\n```\n\nfinal_answer(x)\n```\n\n", "Observation:\nuser system assistant 0123"]
+TEXT = ["Thought: print it.\n```python\nprint(1)\n```\n\nfinal_answer(x)\n```\n\n",
+        "Observation:\nuser system assistant 0123"]
 SHORT = Sampling(max_turns=4, turn_tokens=60, context_tokens=512, observation_tokens=128)
 
 
@@ -47,16 +49,18 @@ def make_tokenizer(template=QWEN, merges=200):
     tokenizer.train_from_iterator(TEXT * 3, trainers.BpeTrainer(
         vocab_size=len(letters) + len(special) + merges, initial_alphabet=letters, special_tokens=special,
         show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.add_tokens("```\n\n")         # as in Qwen's vocabulary: the closing fence and what follows it in one token
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.add_tokens("```\n\n")         # as in Qwen's vocabulary: the closing fence and more in one token
     fast.chat_template = template
     return fast
 
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = len(TOKENIZER)
-SIZES = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.2, attn_implementation="sdpa")
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+             initializer_range=0.2, attn_implementation="sdpa")
 
 
 def make_model(kind=Qwen2ForCausalLM, config=Qwen2Config, dtype=torch.float32, **changes):
@@ -81,7 +85,8 @@ class Parrot(Qwen2ForCausalLM):
     def forward(self, input_ids, position_ids=None, logits_to_keep=0, **kwargs):
         out = super().forward(input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
         if position_ids is not None:
-            kept = position_ids[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else position_ids
+            chosen = isinstance(logits_to_keep, torch.Tensor)
+            kept = position_ids[:, logits_to_keep] if chosen else position_ids
             said = torch.tensor(self.script + [0] * 1024)[kept[:, -out.logits.shape[1]:] + 1]
             out.logits.scatter_add_(-1, said[..., None], torch.full_like(out.logits[..., :1], 1e4))
         return out
@@ -93,7 +98,8 @@ def as_policy(model, tokenizer=TOKENIZER, style="short"):
 
 def run_engine(model, episodes, slots, context=512, temperature=1.0, deterministic=False):
     with sampling_mode(model, deterministic):
-        engine = Engine(model, slots, context, temperature, np.zeros(model.config.vocab_size, bool), deterministic)
+        never = np.zeros(model.config.vocab_size, bool)
+        engine = Engine(model, slots, context, temperature, never, deterministic)
         out = {(e.group, *e.seed): columns for e, *columns in engine.run(episodes)}
     return engine, out
 
@@ -104,7 +110,7 @@ WORK = Workload(groups=2, turns=3, sampled=(3, 40), observed=(1, 90), prompt=50,
 @torch.no_grad()
 def largest_difference(model, ids, mask, logps, temperature=1.0):
     """max |recorded log-prob - log-prob of a plain full forward| over the sampled tokens."""
-    logits = model(torch.tensor([ids])).logits[0, :-1].float() / temperature                        # (T - 1, V)
+    logits = model(torch.tensor([ids])).logits[0, :-1].float() / temperature                      # (T - 1, V)
     full = torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids)[1:, None])[:, 0]              # (T - 1,)
     return max(abs(full[i - 1].item() - logps[i]) for i in range(1, len(ids)) if mask[i])
 
@@ -126,7 +132,7 @@ def tiny_sampling(tiny, **changes):
                     observation_tokens=p.observation_tokens, **changes)
 
 
-# ---------------------------------------------------------------------------------------------------- exactness
+# -------------------------------------------------------------------------------------------------- exactness
 CASES = {
     "plain": lambda: make_model(),
     "lora": lambda: with_lora(make_model()),
@@ -162,7 +168,7 @@ def test_nf4_with_adapter_on_and_off(tmp_path):
     assert all(largest_difference(policy.model, *c[:3]) < 1e-4 for c in on.values())
     assert on != off
     policy.model.train()
-    policy.model(torch.tensor([list(range(20))])).logits.sum().backward()       # sampling spoils no training step
+    policy.model(torch.tensor([list(range(20))])).logits.sum().backward()   # sampling spoils no training step
     assert all(p.grad is not None for p in policy.trainable())
 
 
@@ -170,7 +176,7 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
     logits = torch.randn(1, 50) * 3
     logits[0, 7] = -200.0                                           # probability 0
     n = 20_000
-    even = (torch.arange(n, dtype=torch.float64) + 0.5) / n         # the inverse CDF at an even grid is no estimate
+    even = (torch.arange(n, dtype=torch.float64) + 0.5) / n         # an even grid: exact but for 1 / n
     for temperature in (1.0, 0.7):
         ids, logps = room.sample(logits.expand(n, -1), temperature, even)
         p = torch.softmax(logits[0] / temperature, -1)
@@ -184,23 +190,24 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
 
 
 def test_greedy_in_float64_equals_the_oracle_token_for_token(executor):
-    """Real turns (code, observations, all kinds of ends) of the built-in model, against `generate` for every turn."""
+    """Real turns of the built-in model (code, observations, all kinds of ends), against `generate` a turn."""
     policy = load_policy("tiny", dtype=torch.float64)
     sampling, tasks = tiny_sampling(policy, temperature=0), builtin_tasks("heldout", 22, 0)
-    ours = {t.task_id: t for group in rollout(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, 0) for t in group}
+    ours = {t.task_id: t for [t] in rollout(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, 0)}
     episodes = make_episodes(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, 0)
     watch = Chat(policy.tokenizer).watched(policy.model.config.vocab_size)
     theirs = list(oracle(policy.model, episodes, sampling.context_tokens, 0, watch, 8))
     for episode, ids, mask in theirs:
         t = ours[episode.task.id]
         assert t.ids == ids and t.mask == mask and t.answer == episode.answer
-        assert t.stop_reason == episode.stop_reason and [s.text for s in t.steps] == [s.text for s in episode.steps]
+        assert t.stop_reason == episode.stop_reason
+        assert [s.text for s in t.steps] == [s.text for s in episode.steps]
         assert largest_difference(policy.model, t.ids, t.mask, t.logps) < 1e-4
     assert len(theirs) == 22 and any(len(t.steps) > 1 for t in ours.values())
     assert any(t.answer for t in ours.values())
 
 
-# ------------------------------------------------------------------------------------------- whatever the batch
+# ----------------------------------------------------------------------------------------- whatever the batch
 def test_the_random_stream_is_the_trajectorys_whatever_the_slots():
     model = make_model()
     _, one = run_engine(model, scripted(WORK, VOCABULARY), 1)
@@ -216,7 +223,8 @@ def test_streams_depend_on_seed_task_and_sample_only():
         task = Task(name, "?", "")
         return tuple(Episode(task, index, seed, 0, [], None, None, [], SHORT).uniforms(9))
     streams = [stream(*key) for key in itertools.product((0, 1), ("a", "b"), (0, 1))]
-    assert len(set(streams)) == 8 and streams[0] == stream(0, "a", 0) and all(0 <= u < 1 for s in streams for u in s)
+    assert len(set(streams)) == 8 and streams[0] == stream(0, "a", 0)
+    assert all(0 <= u < 1 for s in streams for u in s)
 
 
 def test_deterministic_runs_are_bit_equal_although_tools_are_late(tiny, executor):
@@ -237,7 +245,7 @@ def test_deterministic_runs_are_bit_equal_although_tools_are_late(tiny, executor
         assert t.ids == ids and t.mask == mask and np.abs(np.subtract(t.logps, logps)).max() < 1e-4
 
 
-# --------------------------------------------------------------------------------------------- the cost of a run
+# ------------------------------------------------------------------------------------------ the cost of a run
 @pytest.mark.parametrize("slots", [1, 5, 16])
 def test_every_token_is_forwarded_once_and_a_prompt_once_a_group(slots):
     engine, out = run_engine(make_model(), scripted(WORK, VOCABULARY), slots)
@@ -301,17 +309,18 @@ def test_sampling_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("config", [MistralConfig(sliding_window=128), Qwen2Config(
     use_sliding_window=True, sliding_window=128, max_window_layers=1, num_hidden_layers=2)])
 def test_models_whose_attention_is_not_full_are_refused(config):
-    with pytest.raises(UserError, match="sliding"), sampling_mode(SimpleNamespace(training=False, config=config), False):
+    model = SimpleNamespace(training=False, config=config)
+    with pytest.raises(UserError, match="sliding"), sampling_mode(model, False):
         pass
 
 
-# ------------------------------------------------------------------------------------------------- the protocol
+# ----------------------------------------------------------------------------------------------- the protocol
 FIRST = "Thought: print it.\n```python\nx = 20 + 1\nprint(x)\n```"
 LAST = "Thought: done.\n```python\nfinal_answer(x * 2)\n```"
 
 
-def parrot(prompt: list[int], turns: list[list[int]], observations: list[str], chat) -> tuple[Parrot, list[int], list[int]]:
-    """A model that says these turns; and the ids and mask that must come out if the observations are these."""
+def parrot(prompt: list[int], turns: list[list[int]], observations: list[str], chat):
+    """A model that says these turns; the ids and mask that must come out if the observations are these."""
     model, ids, mask = make_model(Parrot), list(prompt), [0] * len(prompt)
     for turn, observation in itertools.zip_longest(turns, observations):
         ids, mask = ids + turn, mask + [1] * len(turn)
@@ -329,10 +338,10 @@ def letters(text: str) -> list[int]:
 
 @pytest.mark.parametrize("split", ["merged", "letters", "tail", "im_end"])
 def test_a_whole_trajectory_end_to_end(executor, split):
-    """The turn ends at the fence, also where it straddles tokens; ids, mask and text are exactly those expected."""
+    """The turn ends at the fence, also where it straddles tokens; ids, mask and text are those expected."""
     chat, task = Chat(TOKENIZER), Task("t", "What is twice 21?", "42")
     first = {"merged": chat.encode(FIRST), "letters": letters(FIRST),
-             "tail": chat.encode(FIRST + "\n\n"),                               # the last token is more than the fence
+             "tail": chat.encode(FIRST + "\n\n"),                      # the last token is more than the fence
              "im_end": chat.encode("I think.") + [chat.turn_end]}[split]
     seen = room.NO_CODE if split == "im_end" else "21"
     last = chat.encode(LAST if split != "im_end" else LAST.replace("x * 2", "'4' + '2'"))
@@ -347,7 +356,8 @@ def test_a_whole_trajectory_end_to_end(executor, split):
     assert t.steps[0].observation == seen
     said = [TOKENIZER.decode(turn).removesuffix("<|im_end|>") for turn in turns]
     messages = [{"role": "system", "content": room.SHORT}, {"role": "user", "content": task.question},
-                {"role": "assistant", "content": said[0]}, {"role": "user", "content": "Observation:\n" + seen},
+                {"role": "assistant", "content": said[0]},
+                {"role": "user", "content": "Observation:\n" + seen},
                 {"role": "assistant", "content": said[1]}]
     assert TOKENIZER.apply_chat_template(messages, tokenize=False) == TOKENIZER.decode(t.ids) + "<|im_end|>\n"
 
@@ -388,8 +398,8 @@ def test_limits_are_told_apart(executor):
     assert end(turn_tokens=5) == ("length", len(prompt) + 5, 1)
     assert end(turn_tokens=len(first), max_turns=2) == ("turn_limit", whole, 2)         # ended just in time
     assert end(context_tokens=whole - 3) == ("context_limit", whole - 3, 2)             # inside a turn
-    assert end(context_tokens=one + 5) == ("context_limit", one, 1)                     # the observation has no room
-    assert end(context_tokens=whole - len(first)) == ("context_limit", one, 1)          # it has, but nothing after it
+    assert end(context_tokens=one + 5) == ("context_limit", one, 1)              # the observation has no room
+    assert end(context_tokens=whole - len(first)) == ("context_limit", one, 1)  # it has, but nothing after it
     assert end(context_tokens=whole - len(first) + 1) == ("context_limit", whole - len(first) + 1, 2)
     assert end(context_tokens=len(prompt)) == ("context_limit", len(prompt), 0)
 
@@ -400,6 +410,7 @@ def test_what_tools_and_questions_contain_stays_text_and_is_cut_in_the_middle():
     prompt = build_prompt(TOKENIZER, Task("t", evil, ""), [], "short")
     assert prompt.count(chat.turn_end) == 2 and TOKENIZER.decode(chat.observation(evil, 99)) == evil
     assert chat.turn_end not in chat.observation(evil, 99)
+    assert TOKENIZER.decode(chat.observation("half \ud83d", 99)) == "half ?"
     plain = chat.prompt("Be brief.", "What is 1 + 1?")
     assert plain == TOKENIZER.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}],
@@ -418,10 +429,11 @@ def test_prompts_say_what_there_is():
         return 1.0
     task = Task("t", "How heavy?", "", files={"a.csv": b"", "b/c.txt": b""})
     text = TOKENIZER.decode(build_prompt(TOKENIZER, task, [weigh], "full"))
-    assert all(s in text for s in ("weigh(thing: str) -> float: Weight", "final_answer(", "How heavy?", "a.csv, b/c.txt",
-                                   "Thought:", "```python", "Observation:"))
+    assert all(s in text for s in ("weigh(thing: str) -> float: Weight", "final_answer(", "How heavy?",
+                                   "a.csv, b/c.txt", "Thought:", "```python", "Observation:"))
     short = TOKENIZER.decode(build_prompt(TOKENIZER, task, [weigh], "short"))
-    assert short.endswith("How heavy?\nFiles: a.csv, b/c.txt<|im_end|>\n<|im_start|>assistant\n") and "weigh" not in short
+    assert short.endswith("How heavy?\nFiles: a.csv, b/c.txt<|im_end|>\n<|im_start|>assistant\n")
+    assert "weigh" not in short
     with pytest.raises(UserError, match="short or full"):
         build_prompt(TOKENIZER, task, [], "long")
 
@@ -431,6 +443,9 @@ def test_a_template_that_forgets_gets_its_glue_all_the_same_and_one_that_rewrite
     assert forgetful.between([5], 7) == chat.between([5], 7) and forgetful.start == chat.start
     with pytest.raises(UserError, match="template"):
         Chat(make_tokenizer(QWEN.replace("m.content", "m.content[1:]")))
+    for broken in (None, "{{ raise_exception('no system role') }}"):
+        with pytest.raises(UserError, match="template"):
+            Chat(make_tokenizer(broken))
 
 
 def test_trajectories_survive_json(tiny, executor):
@@ -440,54 +455,61 @@ def test_trajectories_survive_json(tiny, executor):
     assert len(t.ids) == len(t.mask) == len(t.logps) and t.mask[-1] == 1
 
 
-# --------------------------------------------------------------------------------------------------- what fails
+# ------------------------------------------------------------------------------------------------- what fails
 class Sessions:
-    """The real executor, counting sessions; the nth session's `run` fails."""
+    """The real executor; knows which sessions are open, and calls `before(n)` before each step of the nth."""
 
-    def __init__(self, executor, broken=-1):
-        self.executor, self.broken, self.open, self.count = executor, broken, set(), itertools.count()
+    def __init__(self, executor, before):
+        self.executor, self.before, self.open, self.count = executor, before, set(), itertools.count()
 
     def session(self, tools, files):
-        session, number, close = self.executor.session(tools, files), next(self.count), None
-        close = session.close
+        session, number = self.executor.session(tools, files), next(self.count)
+        run, close = session.run, session.close
         self.open.add(number)
+
+        def running(code):
+            self.before(number)
+            return run(code)
 
         def closing():
             close()
             self.open.discard(number)
-        session.close = closing
-        if number == self.broken:
-            def run(code, seconds=None):
-                raise OSError("the disk is full")
-            session.run = run
+        session.run, session.close = running, closing
         return session
 
 
 def test_a_host_failure_ends_one_trajectory_and_not_the_batch(tiny, executor):
-    sessions, tasks = Sessions(executor, broken=2), builtin_tasks("train", 4, 0, families=("lookup",))
-    out = [t for group in rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny), 2, 0) for t in group]
+    def before(number):
+        if number == 2:
+            raise OSError("the disk is full")
+    sessions, tasks = Sessions(executor, before), builtin_tasks("train", 4, 0, families=("lookup",))
+    out = sum(rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny), 2, 0), [])
     failed = [t for t in out if t.stop_reason == "error"]
     assert len(out) == 8 and [t.error for t in failed] == ["OSError: the disk is full"] and not sessions.open
-    assert all(t.stop_reason in ("answer", "turn_limit", "length") for t in out if t not in failed)
+    assert any(t.stop_reason == "answer" for t in out)
     bad = Task("bad", tasks[0].question, "", files={"../x": b""})       # the executor refuses such a name
-    [[t]] = rollout(tiny, [bad], executor, BUILTIN_TOOLS, tiny_sampling(tiny), 1, 0)
-    assert t.stop_reason in ("error", "length", "turn_limit") and (t.stop_reason != "error" or "../x" in t.error)
+    [[t]] = rollout(tiny, [bad], executor, BUILTIN_TOOLS, tiny_sampling(tiny, temperature=0), 1, 0)
+    assert t.stop_reason == "error" and "../x" in t.error
 
 
 def test_ctrl_c_ends_sampling_promptly_and_closes_every_session():
     chat, task = Chat(TOKENIZER), Task("t", "?", "")
-    turn = chat.encode("```python\nimport time\nfor i in range(100): time.sleep(0.1)\n```")
+    turn = chat.encode("```python\nimport time\nfor i in range(200): time.sleep(0.1)\n```")
     model, *_ = parrot(build_prompt(TOKENIZER, task, [], "short"), [turn], [], chat)
-    with Executor("none", Limits(seconds=2.0)) as executor:
-        sessions = Sessions(executor)
-        begin = time.monotonic()
-        threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+    pressed = []
+
+    def before(number):
+        if number == 2:
+            pressed.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+    with Executor("none", Limits(seconds=30.0)) as executor:
+        sessions = Sessions(executor, before)
         with pytest.raises(KeyboardInterrupt):
             rollout(as_policy(model), [task], sessions, [], SHORT, 3, 0)
-        assert time.monotonic() - begin < 1.5 and model.config._attn_implementation == "sdpa"
-        while sessions.open and time.monotonic() - begin < 10:      # busy ones are closed as their step ends
-            time.sleep(0.05)
-        assert next(sessions.count) > 0 and not sessions.open
+        assert time.monotonic() - pressed[0] < 5 and model.config._attn_implementation == "sdpa"
+    while sessions.open and time.monotonic() - pressed[0] < 15:   # their steps take 20 s: cut short
+        time.sleep(0.05)
+    assert not sessions.open
 
 
 def test_progress_and_order(tiny, executor):
@@ -502,8 +524,8 @@ def test_slots_fit_into_memory(monkeypatch):
     model = make_model()
     assert room.fitting_slots(model, 512) == 128
     assert room.fitting_slots(model, 10**9) == 1
-    big = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, num_attention_heads=28, hidden_size=3584,
-                          head_dim=128, vocab_size=152064)
+    big = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, num_attention_heads=28,
+                          hidden_size=3584, head_dim=128, vocab_size=152064)
     weight = SimpleNamespace(element_size=lambda: 2, device=torch.device("cuda"))
     for name, value in (("memory_reserved", 6e9), ("memory_allocated", 6e9)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
