@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench.py {rollout,executor,update} [--quick] [--json FILE]`.
+"""Benchmarks: `python bench.py {executor,rollout,update} [--quick] [--json FILE]`.
 
 One section a room, each with a function `bench_<room>(args) -> dict`: it prints its figures and returns them
 for --json. What is compared runs in one process: machines differ, and are noisy. No room imports this file.
@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive 
 
 import grpo
 import rollout
+from executor import Executor, Limits
 from oracle import oracle
 from policy import Policy, Preset, head_size, memory, never_repack
 from tools import UserError
@@ -356,6 +358,108 @@ def bench_real_shape(args) -> dict:
     return figures
 
 
+# -------------------------------------------------------------------------------------------------- the executor
+
+
+def milliseconds(run, times: int) -> np.ndarray:
+    """(times,): how long each call of run took, in ms."""
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        took.append(1000 * (time.perf_counter() - start))
+    return np.array(took)
+
+
+def tree_pss(pid: int) -> float:
+    """MB of a process and its descendants, shared pages divided among those who share them."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            pass                                            # it has ended meanwhile
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    kb = 0
+    for process in found:
+        try:
+            kb += int(Path(f"/proc/{process}/smaps_rollup").read_text().partition("\nPss:")[2].split()[0])
+        except (ProcessLookupError, FileNotFoundError, IndexError):
+            pass                                            # it has ended meanwhile
+        except PermissionError:                             # root alone may look into the sandbox
+            return float("nan")
+    return kb / 1024
+
+
+def bench_executor(args) -> dict:
+    """Starting, stepping, calling and holding sessions; ipykernel and smolagents beside it where they are installed."""
+    times, many, loop = (20, 16, 10**5) if args.quick else (200, 256, 10**6)
+    code = f"s = 0\nfor i in range({loop}): s += i"
+    limits = Limits(tool_calls=10**9)
+    with Executor(args.sandbox, limits) as executor:
+        figures = {"sandbox": executor.sandbox, "loop_iterations": loop}
+        starts = milliseconds(lambda: executor.session().close(), times)
+        with executor.session({"same": lambda value: value}) as session:
+            steps = milliseconds(lambda: session.run("x = 1"), times)
+            figures["loop_ms"] = float(np.median(milliseconds(lambda: session.run(code), 5)))
+            calls = milliseconds(lambda: session.run("for i in range(100): same(i)"), 5)
+        figures |= {"session_start_p50_ms": float(np.median(starts)), "session_start_p99_ms": float(np.quantile(starts, 0.99)),
+                    "roundtrip_ms": float(np.median(steps)), "tool_call_ms": float(np.median(calls) - np.median(steps)) / 100}
+
+        def trajectory(_):
+            with executor.session() as session:
+                return session.run("x = 1").status
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            start = time.perf_counter()
+            assert set(pool.map(trajectory, range(times))) == {"ok"}
+            figures["sessions_per_s"] = times / (time.perf_counter() - start)
+            empty, start = tree_pss(executor._zygote.pid), time.perf_counter()
+            live = list(pool.map(lambda _: executor.session(), range(many)))
+            assert {result.status for result in pool.map(lambda s: s.run("x = 1"), live)} == {"ok"}
+            figures |= {"live_sessions": many, "live_sessions_s": time.perf_counter() - start}
+            time.sleep(1.0)                                 # the keepers of the last steps are gone
+            figures |= {"idle_pss_mb": (tree_pss(executor._zygote.pid) - empty) / many}
+            for session in live:
+                session.close()
+    with Executor(args.sandbox, Limits(rollback=False)) as executor, executor.session() as session:
+        figures["roundtrip_without_rollback_ms"] = float(np.median(milliseconds(lambda: session.run("x = 1"), times)))
+    figures |= peers(code)
+    for name, value in figures.items():
+        print(f"{name:32} {value:10.2f}" if isinstance(value, float) else f"{name:32} {value!s:>10}")
+    return figures
+
+
+def peers(loop: str) -> dict:
+    """The same of the peers that are installed: a Jupyter kernel, and smolagents' interpreter in this process."""
+    figures = {}
+    try:
+        from jupyter_client.manager import start_new_kernel
+        begin = time.perf_counter()
+        manager, client = start_new_kernel()
+        figures["ipykernel_start_ms"] = 1000 * (time.perf_counter() - begin)
+
+        def execute(code):
+            return client.execute_interactive(code, store_history=False, output_hook=lambda message: None)
+        figures["ipykernel_roundtrip_ms"] = float(np.median(milliseconds(lambda: execute("x = 1"), 20)))
+        figures["ipykernel_loop_ms"] = float(np.median(milliseconds(lambda: execute(loop), 3)))
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    except (ImportError, RuntimeError) as error:
+        print(f"ipykernel: not measured ({error})")
+    try:
+        from smolagents.local_python_executor import LocalPythonExecutor
+        local = LocalPythonExecutor([], timeout_seconds=None)
+        local.send_tools({})
+        figures["smolagents_roundtrip_ms"] = float(np.median(milliseconds(lambda: local("x = 1"), 20)))
+        figures["smolagents_loop_ms"] = float(milliseconds(lambda: local(loop), 1)[0])
+    except ImportError as error:
+        print(f"smolagents: not measured ({error})")
+    return figures
+
+
 # ------------------------------------------------------------------------------------------------------- main
 
 
@@ -370,6 +474,9 @@ def machine() -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     rooms = parser.add_subparsers(dest="room", required=True)
+    section = rooms.add_parser("executor", help="sessions: start, step, tool call, memory", allow_abbrev=False)
+    section.set_defaults(bench=bench_executor)
+    section.add_argument("--sandbox", choices=("auto", "bwrap", "none"), default="auto")
     section = rooms.add_parser("rollout", help="the engine against generate per turn", allow_abbrev=False)
     section.set_defaults(bench=bench_rollout)
     section.add_argument("--workload", choices=("w", "w2"), default="w", help="w2: longer, closer to GAIA")

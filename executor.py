@@ -219,7 +219,7 @@ class Session(AbstractContextManager):
                 continue
             news = self._news()
             if "over" in news:
-                raise Broken("killed", f"it used too much {news['over']}")
+                raise Broken("killed", f"it had too {news['over']}")
             raise Broken("crashed", f"its process died ({death(news['exit'])})")
 
     def _call(self, frame: dict, result: StepResult) -> None:
@@ -262,7 +262,7 @@ class Session(AbstractContextManager):
                     pass                                # all writers are dead: what is left in the wire is stale
                 self._inbox.clear()
                 self._order("go")
-                if self._receive(time.monotonic() + 1.0) == {"ready": True}:
+                if self._receive(time.monotonic() + self.limits.grace / 2) == {"ready": True}:
                     return "Variables are as they were before this step; files it wrote are still there."
         except (OSError, Broken):
             pass                                        # the state before the step is lost too
@@ -551,6 +551,7 @@ def zygote(base: str | None) -> None:
     dup2(os.open(os.devnull, os.O_RDWR), 0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # the kernel reaps the children
     signal.signal(SIGINT, signal.SIG_IGN)
+    check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
     gc.collect()
     gc.freeze()                                         # so that a collection does not touch, and copy, these pages
     control.send(b"ready")
@@ -569,8 +570,9 @@ def zygote(base: str | None) -> None:
         for fd in fds:
             os.close(fd)
     if base is not None:
+        sweep(keep=set())
         try:
-            os.wait()                                   # returns when all sessions have ended
+            os.wait()                                   # returns when all have ended
         except ChildProcessError:
             shutil.rmtree(base, ignore_errors=True)
     _exit(0)
@@ -654,7 +656,7 @@ def supervise(ctl, wire, runner: int, setup: dict) -> None:
         if watched[-1] is not ctl and watched[-1] in ready:
             os.close(watched.pop())
             ctl.send(json.dumps({"exit": waitpid(runner, 0)[1]}).encode())
-        if running:
+        if running and not ready:
             reap(keep=runner)
             if over := overuse(setup):
                 running = False
@@ -741,8 +743,8 @@ def overuse(setup: dict) -> str | None:
         except (OSError, IndexError):
             pass                                        # it has ended meanwhile
     if pages * resource.getpagesize() > 3 * setup["memory_mb"] << 20:
-        return "memory"
-    return "processes" if len(pids) > setup["processes"] + 2 else None
+        return "much memory"
+    return "many processes" if len(pids) > setup["processes"] + 2 else None
 
 
 # --- inside: the runner. Whatever it says is hostile, because model code runs in the same process ---
