@@ -58,12 +58,12 @@ def test_equal_ids_are_told_apart(tmp_path):
     assert [t.id for t in read_mat(file, tmp_path)[0]] == ["m1", "m1-1"]
 
 
-EXAM = [Task("g1", "If Eliud Kipchoge could maintain his record-making marathon pace indefinitely, how many hours?", "17"),
+EXAM = [Task("g1", "If Ada Brunner could row her record-making lake crossing pace without resting, how many days?", "17"),
         Task("g2", "In the film that Greta Lind made in Oslo in 1987, who plays Hedda?", "Ruth Aasen")]
 
 
 @pytest.mark.parametrize("question, answer, reason", [
-    ("Suppose that Kipchoge could maintain his record-making marathon pace indefinitely, how far?", "9", "8-gram of g1"),
+    ("Suppose that Brunner could row her record-making lake crossing pace without resting, how far?", "9", "8-gram of g1"),
     ("Who plays Hedda in what Greta Lind made in Oslo in 1987?", "x", "entities of g2"),
     ("Who was the wife of the painter who lived in Oslo?", "Ruth Aasen", "answer and an entity of g2"),
     ("Who was the wife of the painter?", "Ruth Aasen", None), ("How many hours are in 17 days in Oslo?", "17", None)])

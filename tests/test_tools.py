@@ -116,8 +116,8 @@ def test_a_users_own_file(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the test's own web
-QUESTION = ("If Eliud Kipchoge could maintain his record-making marathon pace indefinitely, how many thousand hours would it "
-            "take him to run the distance between the Earth and the Moon at its closest approach?")
+QUESTION = ("If Ada Brunner could row her record-making lake crossing pace without ever resting, how many whole days would she "
+            "need to row the distance around the coast of Iceland at its longest measured course?")
 HTML = ("<html><head><title>Test page</title><script>var x = 1</script></head><body><h1>Heading</h1><p>Some text with a "
         "<a href='/other'>relative link</a>.</p><table><tr><th>Name</th><th>Age</th></tr><tr><td>Ann</td><td>41</td></tr>"
         "</table></body></html>")
@@ -243,10 +243,10 @@ class Site:
                   status=429 if len([s for s in self.seen if s[1] == "/busy"]) == 1 else 200)
 
     def page_answers(self, h, url):
-        self.send(h, f"<p>A leaked benchmark. {QUESTION} Answer: 17</p>")
+        self.send(h, f"<p>A leaked benchmark. {QUESTION} Answer: 9</p>")
 
     def page_quotes(self, h, url):
-        self.send(h, "<p>Eliud Kipchoge holds a record-making marathon pace; the Moon at its closest approach is near.</p>")
+        self.send(h, "<p>Ada Brunner holds a record-making lake crossing pace; the coast of Iceland is long.</p>")
 
     def page_w_api_php(self, h, url):
         q = {k: v[0] for k, v in parse_qs(url.query).items()}
