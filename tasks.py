@@ -1,24 +1,24 @@
 """Tasks: questions with exact answers, built in or read from files.
 
-Owns `Task`, the built-in task families with their offline world and its three tools, and the readers and writers
-of task files. Knows nothing of prompts, models or rewards.
+Owns `Task`, the built-in task families with their offline world and its three tools, and the files that hold
+tasks. Knows nothing of prompts, models or rewards.
 
 Reading order: Task -> the world (`fact`, the tools) -> Draw and the families -> builtin_tasks -> files.
 
-The world is a made-up atlas. Every fact is a function of the entity's name alone (a hash), so there are as many
+The world is a made-up atlas. Every fact is a function of the entity's name alone (a hash): there are as many
 entities as names, the store needs no file, and no fact depends on the seed of a run. The hash also puts every
-name and number on one of two sides: training tasks are made of one side, held-out tasks of the other. A town's
-relations and figures lie on the town's side, so the splits share neither entities nor values, and no prompt
-holds an answer.
+name and number on one of two sides: training tasks are made of one side, held-out tasks of the other. A
+town's relations and figures lie on the town's side, so the splits share neither entities nor values, and no
+prompt holds an answer.
 
-Families: CORE are learnable by the built-in tiny model. HARD (arithmetic and dates in ranges that training never
-shows, which of several is largest) are mostly beyond it, and are trained on and reported all the same.
+Families: CORE are learnable by the built-in tiny model. HARD are mostly beyond it (arithmetic and dates in
+ranges that training never shows, which of several is largest); they are trained on and reported all the same.
 
-The difficulty dial: 0 is for the tiny model (one to three steps). For models that can read, each notch from 1 to
-3 puts a link "the twin town of" before every town, adds terms to sums, 30 rows and two distractor columns to
-tables, and tables are asked by condition; from 2 on they have empty cells.
+The difficulty dial: 0 is for the tiny model (one to three steps). For models that can read, each notch from 1
+to 3 puts a link "the twin town of" before every town, adds terms to sums, 30 rows and two distractor columns
+to tables, and tables are asked by condition; from 2 on they have empty cells.
 
-Departure from the paper, which trains on MAT only: these tasks are ours, so that the method runs without network.
+Departure from the paper, which trains on MAT only: these tasks let the method run without network or key.
 """
 import csv
 import hashlib
@@ -45,16 +45,17 @@ class Task:
     family: str = ""
 
 
-# --------------------------------------------------------------------------------------------------- the world
+# -------------------------------------------------------------------------------------------------- the world
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 SYLLABLE = "(?:[bdfgklmnprstvz][aeiou])"
 TOWN = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}{{2}}")                                    # Kavodu
 PERSON = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE} (?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}")    # Mira Kobe
 FIELDS = {"population": (1_000, 999_999), "area": (10, 9_999), "elevation": (10, 2_999),
-          "rainfall": (100, 2_999)}                                         # the lowest and the highest figure
+          "rainfall": (100, 2_999)}
 UNITS = {"m": ("length", 1.0), "ft": ("length", 0.3048), "yd": ("length", 0.9144), "km": ("length", 1000.0),
-         "kg": ("mass", 1.0), "lb": ("mass", 0.45359237), "oz": ("mass", 0.028349523125), "g": ("mass", 0.001)}
+         "kg": ("mass", 1.0), "lb": ("mass", 0.45359237), "oz": ("mass", 0.45359237 / 16),
+         "g": ("mass", 0.001)}
 COLUMNS = ("price", "stock", "weight", "size", "age", "rank", "score", "volume")
 SPLITS = ("train", "heldout")
 
@@ -99,8 +100,8 @@ def fact(name: str, field: str):
 
 @tool
 def lookup(name: str, field: str) -> int | str | list:
-    """One fact of the atlas. A town has population, area, elevation, rainfall, twin (the name of its twin town)
-    and tower (its height, as [number, unit]). A person, named in full, has born (a year) and home (a town)."""
+    """One fact of the atlas. A town has population, area, elevation, rainfall, twin (its twin town's name)
+    and tower (its height, as [number, unit]). A person, with full name, has born (a year) and home (a town)."""
     if field == "mayor":
         raise ToolError("the atlas does not know mayors; search for them")
     return fact(name, field)
@@ -129,7 +130,7 @@ def convert(value: float, source: str, target: str) -> float:
 BUILTIN_TOOLS = [lookup, search, convert]
 
 
-# ------------------------------------------------------------------------------------------------ the families
+# ----------------------------------------------------------------------------------------------- the families
 
 
 @dataclass
@@ -282,18 +283,18 @@ CORE, HARD = tuple(CORE_FAMILIES), tuple(HARD_FAMILIES)
 
 
 def draw(family: str, split: str, rng: random.Random, difficulty: int = 0) -> Drawn:
-    """One question of a family with answer and slots. The world decides the facts, `rng` only what is asked."""
+    """One question of a family, with answer and slots. The world decides the facts, `rng` what is asked."""
     return (CORE_FAMILIES | HARD_FAMILIES)[family](Draw(rng, SPLITS.index(split), difficulty))
 
 
 def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE + HARD,
                   difficulty: int = 0) -> list[Task]:
-    """n tasks, the families in turn; the same arguments give the same tasks. split: "train" or "heldout", which
-    share no entity; difficulty: 0 to 3, see the top. UserError for what does not exist."""
+    """n tasks, the families in turn; the same arguments give the same tasks. split: "train" or "heldout",
+    which share no entity; difficulty: 0 to 3, see the top. UserError for what does not exist."""
     families, tasks = tuple(families), []
     known = split in SPLITS and families and set(families) <= {*CORE, *HARD} and difficulty in range(4)
     if not known:
-        raise UserError(f"no such built-in tasks: split {split}, families {families}, difficulty {difficulty}")
+        raise UserError(f"no built-in tasks: split {split}, families {families}, difficulty {difficulty}")
     for i in range(n):
         family = families[i % len(families)]
         name = f"{split}-{family}-{i // len(families):04d}"
@@ -303,11 +304,11 @@ def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE 
     return tasks
 
 
-# ------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def read_rows(file: Path) -> list[tuple[int, dict]]:
-    """(line number, record) of a jsonl or parquet file. UserError with file and line for what is malformed."""
+    """(line number, record) of a jsonl or parquet file. UserError with file and line if it is malformed."""
     if file.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -369,14 +370,14 @@ def parse_task(record, folder: Path) -> Task:
 
 
 def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> Path:
-    """Write tasks, each with one attachment at most, as folder/2023/<split>/metadata.jsonl with files beside it."""
+    """Write tasks with one attachment at most: folder/2023/<split>/metadata.jsonl and the files beside it."""
     out = Path(folder) / "2023" / split
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for task in tasks:
         file_name = ""
         for name, content in task.files.items():
-            file_name = f"{task.id}/{name}"     # GAIA has <task_id>.csv; ours keep the name that the question uses
+            file_name = f"{task.id}/{name}"     # GAIA has <task_id>.csv; ours keep the name in the question
             (out / task.id).mkdir(exist_ok=True)
             data = content if isinstance(content, bytes) else Path(content).read_bytes()
             (out / file_name).write_bytes(data)
@@ -388,7 +389,7 @@ def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> P
 
 
 def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
-    """Tasks of a folder in GAIA's layout: metadata as jsonl or parquet, here or in [2023/]<split>, files beside it.
+    """Tasks in GAIA's layout: metadata (jsonl or parquet) in folder[/2023][/<split>], the files beside it.
 
     Levels may be text or numbers. The test split has no answers: its tasks carry the answer "?".
     """
