@@ -87,16 +87,16 @@ def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cf
         return torch.where(loss_mask, x, 0.0)  # outside l = 0 and A = 0, so loss and gradient are 0
     l, l_old, l_behaviour = select(logp), select(logp_old.detach()), select(logp_behaviour.detach())
     A = select(advantage)                                                               # (B, T)
-    # c = min(pi_old / pi_behaviour, C): a truncated importance weight, a constant    (Ionides, section 2)
+    # c = min(pi_old / pi_behaviour, C): a truncated importance weight, a constant   (Ionides)
     c = (l_old - l_behaviour).clamp(max=math.log(cfg.truncation)).exp()
-    # r = pi / pi_old                                                                 (PPO section 3)
+    # r = pi / pi_old                                                                (PPO section 3)
     r = (l - l_old).clamp(-20, 20).exp()
-    # s = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                              (PPO eq. 7; DAPO eq. 10)
+    # s = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                             (PPO eq. 7, DAPO 3.1)
     s = torch.min(r * A, r.clamp(1 - cfg.eps_low, 1 + cfg.clip_high) * A)
-    # s = max(s, dual_clip A) where A < 0: bounds what one bad sample can do          (dual clip, section 3)
+    # s = max(s, dual_clip A) where A < 0: bounds what one bad sample can do         (dual clip)
     s = torch.where(A < 0, torch.max(s, cfg.dual_clip * A), s)
     # k = exp(d) - d - 1, d = l_ref - l: its value estimates KL(pi || ref); its gradient, (1 - exp d) grad l,
-    # is in expectation that of KL(ref || pi)                                         (k3; GRPO eq. 4)
+    # is in expectation that of KL(ref || pi)                                        (k3; GRPO eq. 4)
     d = torch.zeros_like(l) if logp_ref is None else (select(logp_ref.detach()) - l).clamp(-5, 5)
     k = d.exp() - d - 1
     loss = (c * (cfg.beta * k - s) / normaliser).sum()
@@ -109,9 +109,10 @@ def normalisers(cfg: GRPOConfig, lengths: torch.Tensor, tokens: float, sequences
     """What each trajectory's tokens are divided by, (B, 1). lengths (B, 1): its loss tokens. tokens,
     sequences: of the WHOLE optimiser step, on all ranks; never of a micro-batch."""
     if cfg.loss == "grpo":
-        return sequences * lengths           # the mean of a sequence, then that of the sequences (GRPO eq. 3)
-    return torch.full_like(lengths, tokens if cfg.loss == "dapo" else sequences * cfg.token_limit)
-    #                               the mean over all tokens (DAPO eq. 8); a constant (Dr. GRPO section 3.2)
+        return sequences * lengths          # the mean of a sequence, then that of the sequences (GRPO eq. 3)
+    if cfg.loss == "dapo":
+        return torch.full_like(lengths, tokens)                         # the mean over all tokens (DAPO 3.3)
+    return torch.full_like(lengths, sequences * cfg.token_limit)        # a constant (Dr. GRPO 3.2)
 
 
 class HeadLogps(torch.autograd.Function):
@@ -201,7 +202,7 @@ class UpdateStats:
 
 
 def in_loss(trajectory: Trajectory) -> bool:
-    """Overlong masking (DAPO section 3.4): what a token limit cut might have come right, so it is baseline
+    """Overlong masking (DAPO 3.4): what a token limit cut might have come right, so it is baseline
     only."""
     return trajectory.stop_reason not in ("length", "context_limit") and any(trajectory.mask)
 
