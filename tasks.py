@@ -101,7 +101,7 @@ def fact(name: str, field: str):
 @tool
 def lookup(name: str, field: str) -> int | str | list:
     """One fact of the atlas. A town has population, area, elevation, rainfall, twin (its twin town's name)
-    and tower (its height, as [number, unit]). A person, with full name, has born (a year) and home (a town)."""
+    and tower (its height, as [number, unit]). A person, in full, has born (a year) and home (a town)."""
     if field == "mayor":
         raise ToolError("the atlas does not know mayors; search for them")
     return fact(name, field)

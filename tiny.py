@@ -1,21 +1,22 @@
-"""The built-in tiny model: a Qwen2 of half a million parameters that writes valid code and is mostly wrong.
+"""The built-in tiny model: half a million parameters that write valid code and are mostly wrong.
 
-    python tiny.py --out tiny --seed 0        # what made ./tiny; some ten minutes on one core
+    python tiny.py --out tiny --seed 0        # what made ./tiny; about nine minutes on one core
 
-Owns the recipe of ./tiny: its tokenizer, copy pretraining, and a warm start by supervised learning on demonstrations
-that are imperfect on purpose, so that there is something left for reinforcement learning to find.
+Owns the recipe of ./tiny: its tokenizer, copy pretraining, and a warm start by supervised learning on
+demonstrations that are imperfect on purpose, so that reinforcement learning has something to find.
 
-Reading order: DEMOS -> demonstrate -> build_tokenizer -> build_model -> copy_batches, demonstration_batches -> train.
+Reading order: DEMOS -> demonstrate -> build_tokenizer, build_model -> the two kinds of batches -> train.
 
-* The most common demonstration of every family is wrong (another field, units swapped, a forgotten conversion...) and
-  about a third are right. The thought is the same in all of them: what is chosen is chosen where the code is written.
-* Observations are real: the demonstration's code runs, in this process, as it is our own. Tokens are put together as
-  the rollout does it, each turn tokenised by itself, and the loss is on the policy's tokens only.
-* Every demonstration has fresh names of the training side of the world. From a small pool the model learns the names
-  by heart. Without copy pretraining it learns the format perfectly and copies nothing.
+* The most common demonstration of every family is wrong (another field, a forgotten conversion, a skipped
+  step), and a third are right. The thought is the same in all: the choice falls in the code.
+* In no core family the common wrong way swaps two copied words (source and target unit): about as often
+  right as swapped, the two are never told apart, and so small a model cannot learn it from outcomes.
+* Observations are real: the demonstration's code runs, in this process, as it is our own. Tokens are put
+  together as the rollout does it, turn by turn, and the loss is on the policy's tokens only.
+* Every demonstration has fresh names of the training side of the world: a small pool is learned by heart.
+  Copying is the slow skill, so it is begun before, on random tokens.
 """
 import argparse
-import csv
 import io
 import random
 import sys
@@ -37,38 +38,41 @@ from tools import UserError
 VOCABULARY = 768
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-# BPE merges inside these pieces only. A name is three syllables wherever it stands: after a space, after a quote.
+# BPE merges inside these pieces only. A name has the same tokens, its syllables, wherever it stands.
 NAME = r"[A-Z][aeiou]|(?<=[A-Z][aeiou])[a-z]{2}|(?<=[A-Z][aeiou][a-z]{2})[a-z]{2}"
 MARKS = r" ?[^\sA-Za-z\d_`]+(?: [^\sA-Za-z\d_`]+)*\n?"
 PIECES = rf"\n?```(?:python\n)?|{NAME}| ?[a-z_]+|[A-Z][a-z]*|\d|{MARKS}|\s"
 
-# ------------------------------------------------------------------------------------------------ demonstrations
+# --------------------------------------------------------------------------------------------- demonstrations
 
-SHARES = (0.34, 0.5, 0.16)      # of the right way, the common wrong way and the rare wrong way
+SHARES = (0.34, 0.50, 0.16)      # of the right way, the common wrong way and the rare wrong way
 ROWS = 'import csv\nrows = list(csv.DictReader(open("shop.csv")))\n'
 CELL = 'final_answer([r["%s"] for r in rows if r["item"] == "{name}"][0])'
 OVER = 'final_answer(%s(int(r["{%s}"]) for r in rows))'
-DAYS = 'from datetime import date\nfinal_answer((date.fromisoformat("{%s}") - date.fromisoformat("{%s}")).days)'
+DAYS = ('from datetime import date\n'
+        'final_answer((date.fromisoformat("{%s}") - date.fromisoformat("{%s}")).days)')
 LIST = 'names = ["{name0}", "{name1}", "{name2}"]\n[lookup(n, "population") for n in names]'
 GUESS = "final_answer({guess})"
-# family: a line a step: thought, code of the right way, of the common wrong way, of the rare wrong way; one code alone
-# stands for all. A way is chosen once a demonstration. {slots} are the task's, or variables of the steps before.
+# family: a tuple a step: thought, code of the right, the common wrong and the rare wrong way; a lone code
+# stands for all three. A way is chosen once a demonstration. {slots} are the task's or the code's variables.
 DEMOS = {
-    "lookup": [("look it up", 'final_answer(lookup("{name}", "{field}"))', 'final_answer(lookup("{name}", "{other}"))',
-                GUESS)],
+    "lookup": [("look it up", 'final_answer(lookup("{name}", "{field}"))',
+                'final_answer(lookup("{name}", "{other}"))', GUESS)],
     "convert": [("convert it", 'final_answer(convert({value}, "{source}", "{target}"))',
                  "final_answer({value})", 'final_answer(convert({value}, "{target}", "{source}"))')],
     "column": [("read the row", ROWS + CELL % "{column}", ROWS + CELL % "item", GUESS)],
     "total": [("read the table", ROWS + "rows[0]"),
-              ("add the column", OVER % ("sum", "column"), OVER % ("max", "column"), OVER % ("sum", "other"))],
+              ("add the column", OVER % ("sum", "column"), OVER % ("max", "column"),
+               OVER % ("sum", "other"))],
     "twin": [("find the twin", 'town = lookup("{name}", "twin")\ntown'),
-             ("look it up", 'final_answer(lookup(town, "{field}"))', 'final_answer(lookup("{name}", "{field}"))',
-              "final_answer(town)")],
+             ("look it up", 'final_answer(lookup(town, "{field}"))',
+              'final_answer(lookup("{name}", "{field}"))', "final_answer(town)")],
     "tower": [("find the height", 'h = lookup("{name}", "tower")\nh'),
               ("give the height", 'final_answer(convert(h[0], "{h[1]}", "{unit}"))', "final_answer(h[0])",
                GUESS)],
     "mayor": [("find the mayor", *['s = search("mayor of {name}")\ns'] * 2, 's = search("{name}")\ns'),
-              ("look it up", 'final_answer(lookup("{s:.9}", "born"))', 'final_answer(lookup("{s:.9}", "home"))', GUESS)],
+              ("look it up", 'final_answer(lookup("{s:.9}", "born"))',      # "Mira Kobe is the mayor of ..."
+               'final_answer(lookup("{s:.9}", "home"))', GUESS)],
     "gap": [("find the first", 'a = lookup("{name}", "population")\na'),
             ("find the second", 'b = lookup("{second}", "population")\nb'),
             ("compare", "final_answer(a - b)", "final_answer(b - a)", "final_answer(b + a)")],
@@ -80,7 +84,7 @@ DEMOS = {
 
 
 def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[list[int], list[int]]:
-    """Ids and mask (1 = the policy's token) of one demonstration on a new training task; way 0 is the right one."""
+    """Ids and mask (1 = the policy's) of a demonstration on a new training task. way: 0 (right), 1 or 2."""
     drawn, answers = draw(family, "train", rng), []
     task = Task("", drawn.question, str(drawn.answer), drawn.files)
     ids = list(build_prompt(chat.tokenizer, task, BUILTIN_TOOLS, TINY.prompt))
@@ -106,20 +110,22 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
     return ids, mask
 
 
-# -------------------------------------------------------------------------------------------- tokenizer and model
+# ---------------------------------------------------------------------------------------- tokenizer and model
 
 
 def byte_pairs(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `size` tokens with single digits, ChatML special tokens and template."""
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False)
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -131,20 +137,21 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
-    """Random weights. 384 in the MLP: NF4 wants multiples of 64."""
+    """Random weights. Not of type qwen2: to that, AutoTokenizer gives Qwen's own way of splitting text whatever
+    the tokenizer's file says, and the model writes nonsense. 384 in the MLP, as NF4 wants multiples of 64."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=2, pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def copy_batches(rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (32, 64) ids and mask: random tokens, repeated with a random period; mask 1 from the second time on."""
+    """Endless (32, 64) ids and mask: random tokens with a random period; the mask is 1 where they repeat."""
     while True:
         periods = [rng.randrange(4, 32) for _ in range(32)]
         once = [[rng.randrange(3, VOCABULARY) for _ in range(p)] for p in periods]
@@ -153,18 +160,20 @@ def copy_batches(rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 
 def demonstration_batches(chat: Chat, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (32, T) ids and mask; 8 batches are drawn at once and sorted, so that rows of like length are together."""
+    """Endless (32, T) ids and mask. 8 batches are drawn at once: rows of like length come together."""
     while True:
-        drawn = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0]) for _ in range(256)]
+        drawn = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0])
+                 for _ in range(256)]
         drawn.sort(key=lambda d: len(d[0]))
         for start in rng.sample(range(0, 256, 32), 8):
             rows = drawn[start:start + 32]
             longest = len(rows[-1][0])
-            yield tuple(torch.tensor([row[i] + [0] * (longest - len(row[i])) for row in rows]) for i in (0, 1))
+            padded = [[part + [0] * (longest - len(part)) for part in row] for row in rows]
+            yield tuple(torch.tensor([row[i] for row in padded]) for i in (0, 1))
 
 
 def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0, decay: float = 0.0) -> None:
-    """AdamW until the mean loss is below `enough`, at most `steps`; in the last share `decay` of them lr falls to 0."""
+    """AdamW until the mean loss is below `enough`, at most `steps`; in the last share `decay` lr falls."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     began, average = time.process_time(), 7.0
     for step, (ids, mask) in zip(range(steps), batches):
@@ -179,7 +188,8 @@ def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0,
         optimizer.step()
         average += 0.05 * (loss.item() - average)
         if step % 100 == 99 or average < enough:
-            print(f"{name} {step + 1}/{steps} loss {average:.3f} {time.process_time() - began:.0f} CPU-s", flush=True)
+            spent = time.process_time() - began
+            print(f"{name} {step + 1}/{steps} loss {average:.3f} {spent:.0f} CPU-s", flush=True)
         if average < enough:
             return
 
@@ -193,7 +203,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists; move it away first, or name another folder with --out")
-    torch.set_num_threads(1)        # so small a model is fastest so, and the same weights come out on every machine
+    torch.set_num_threads(1)        # fastest for so small a model
     tokenizer, model = build_tokenizer(args.seed), build_model(args.seed)
     chat, rng = Chat(tokenizer), random.Random(f"tiny-{args.seed}")
     train(model, copy_batches(rng), "copying", args.copy_steps, 3e-3, enough=0.25)

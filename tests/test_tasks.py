@@ -1,10 +1,9 @@
-"""Tasks: gold answers found again by another way, splits that share nothing, the dial, and files read and refused."""
+"""Tasks: gold answers found another way, splits that share nothing, the dial, files read and refused."""
 import ast
 import csv
 import json
 import re
 from datetime import date
-from fractions import Fraction
 
 import pytest
 
@@ -16,7 +15,7 @@ lookup, search, convert = (tool.bind(ToolContext()) for tool in BUILTIN_TOOLS)
 NAMES = re.compile(rf"\b(?:{PERSON.pattern}|{TOWN.pattern})\b")
 
 
-# ---------------------------------------------------------------------- the answer, from the question's text alone
+# ----------------------------------------------------------------- the answer, from the question's text alone
 
 
 def town_of(phrase: str) -> str:
@@ -57,9 +56,12 @@ def solve(task: Task) -> str:
     if m := re.fullmatch(r"How many more people live in (.*) than in (.*)\?", q):
         return str(lookup(town_of(m[1]), "population") - lookup(town_of(m[2]), "population"))
     if m := re.fullmatch(r"What is ([\d*+ -]+)\?", q):
-        terms = [Fraction(1)]
+        terms = [1]
         for sign, number in re.findall(r"([*+-]?) ?(\d+)", m[1]):
-            terms = terms[:-1] + [terms[-1] * int(number)] if sign in "*" else terms + [Fraction(int(sign + number))]
+            if sign in ("", "*"):
+                terms[-1] *= int(number)
+            else:
+                terms.append(int(sign + number))
         return str(sum(terms))
     if m := re.findall(r"from (\S+) to (\S+?)[ ?]", q.replace("?", "? ")):
         return str(sum((date.fromisoformat(b.strip("?")) - date.fromisoformat(a)).days for a, b in m))
@@ -75,7 +77,7 @@ def test_gold_answers_are_found_again_from_the_question(family, difficulty):
             assert solve(task) == task.answer, task
 
 
-# ------------------------------------------------------------------------------------------------- what is promised
+# ------------------------------------------------------------------------------------------- what is promised
 
 
 def test_eight_core_and_three_hard_families_of_three_levels():
@@ -136,33 +138,34 @@ def test_the_dial_makes_chains_longer_and_tables_bigger():
 
 
 def test_unknown_splits_families_and_difficulties_are_refused():
-    for wrong in (("test", 1, 0), ("train", 1, 0, ("riddle",)), ("train", 1, 0, ()), ("train", 1, 0, CORE, 4)):
+    wrongs = ("test", 1, 0), ("train", 1, 0, ("riddle",)), ("train", 1, 0, ()), ("train", 1, 0, CORE, 4)
+    for wrong in wrongs:
         with pytest.raises(UserError):
             builtin_tasks(*wrong)
 
 
-# ------------------------------------------------------------------------------------------------------- the tools
+# -------------------------------------------------------------------------------------------------- the tools
 
 
 def test_the_tools_know_the_world_and_say_no_in_one_line():
-    assert isinstance(lookup("Kavodu", "population"), int) and lookup("Kavodu", "area") == fact("Kavodu", "area")
+    assert lookup("Kavodu", "area") == fact("Kavodu", "area")
     assert search("mayor of Kavodu") == f"{fact('Kavodu', 'mayor')} is the mayor of Kavodu."
     assert search("weather in Kavodu") == search("mayor of Paris") == "Nothing found."
     assert convert(1, "km", "m") == 1000.0 and convert(2.5, "lb", "kg") == 1.13
-    for call, arguments in ((lookup, ("Paris", "area")), (lookup, ("Kavodu", "born")), (lookup, ("Kavodu", "mayor")),
-                            (lookup, ("Kavodu",)), (convert, (1, "m", "kg")), (convert, (1, "inch", "m")),
-                            (convert, ("1", "m", "ft"))):
+    for arguments in (("Paris", "area"), ("Kavodu", "born"), ("Kavodu", "mayor"), ("Kavodu",), (1, "m", "kg"),
+                      (1, "inch", "m"), ("1", "m", "ft")):
         with pytest.raises(ToolError) as error:
-            call(*arguments)
+            (convert if len(arguments) == 3 else lookup)(*arguments)
         assert "\n" not in str(error.value)
     assert all(name in prompt_text(BUILTIN_TOOLS) for name in ("lookup(", "search(", "convert("))
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def write(folder, *lines):
-    (folder / "t.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "t.jsonl").write_text(text)
     return folder / "t.jsonl"
 
 
