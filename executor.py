@@ -1,28 +1,28 @@
 """The executor: a persistent Python session for model-written code, isolated in processes of its own.
 
 Owns both sides of the sandbox. Tools are passed in as plain callables; nothing here knows of models or tasks.
-Read in this order: `Limits`, `StepResult`, `Session.run` to `_listen` (a step as the host sees it), `Executor` (how a
-sandbox is started), then inside: `zygote`, `session`, `supervise`, `Worker`. The sandbox's Python runs this same file.
+Read in this order: `Limits`, `StepResult`, `Session.run` to `_listen` (a step as the host sees it), then
+`Executor` (how a sandbox starts), `zygote`, `session`, `supervise`, `Worker` (inside: it runs this file too).
 
-    host (trainer) --> bwrap --> zygote: Python with the usual libraries imported; forks one tree per session
-                                   `-- supervisor: process 1 of its own namespaces; never runs model code
-                                         |-- runner: runs the model's code, step after step, in one process
-                                         `-- keeper: the runner's fork from before this step, waiting; takes over
-                                                     if the step has to be killed: memory rolls back, files do not
-Two sockets lead to a session. `ctl` (host <-> supervisor) is trusted: orders, and the news of a runner's death. `wire`
-(host <-> runner) is hostile: length-prefixed JSON, bounded and checked, with tool calls, answers and the step's end.
-Output goes to a memfd that the host owns. Clock and status are the host's; a runner can only claim that its code ran
-without an exception, which any code can have with `try: ... except: pass`. After a step every process but the runner is
-killed, and the runner is stopped, threads included, until the next step.
+  host (trainer) --> bwrap --> zygote: Python with the usual libraries imported; forks one tree per session
+                                 `-- supervisor: process 1 of its own namespaces; never runs model code
+                                       |-- runner: runs the model's code, step after step, in one process
+                                       `-- keeper: the runner's fork from before this step, waiting; it takes
+                                                   over if the step is killed: memory rolls back, files do not
+Two sockets lead to a session. `ctl` (host <-> supervisor) is trusted: orders, and news of a runner's death.
+`wire` (host <-> runner) is hostile: length-prefixed JSON, bounded and checked, with tool calls, answers and
+the step's end. Output goes to a memfd of the host's. Clock and status are the host's; a runner can only claim
+that its code raised nothing, which any code can have with `try: ... except: pass`. After a step every process
+but the runner is killed, and the runner is stopped, threads included, until the next step.
 
-`bwrap` covers: an unprivileged uid without capabilities; user, mount, pid, ipc, uts and network namespaces; only /usr
-  and the interpreter with its packages are visible, read-only; one private tmpfs per session (/tmp, /dev/shm); no
-  sockets (seccomp: no loopback, vsock, netlink, abstract names); no ptrace, mount, unshare, io_uring, bpf, keyctl,
-  memfd, SysV memory (seccomp); limits on memory, processes, descriptors, files and output.
-  It does not cover bugs of the kernel, side channels, or what a running step takes of the shared cores.
-`none` covers: an empty environment, the limits, the same seccomp filter, no capabilities, no access to the trainer's
-  memory, and the killing of what a step leaves. It does not cover files: code reads and writes what the trainer's uid
-  may, files with expected answers too; it sees other processes, may signal them, and finds other sessions' files.
+`bwrap` covers: an unprivileged uid without capabilities; user, mount, pid, ipc, uts and network namespaces;
+  only /usr and the interpreter with its packages are visible, read-only; a private tmpfs per session (/tmp,
+  /dev/shm); no sockets (seccomp: no loopback, vsock, netlink, abstract names); no ptrace, mount, unshare,
+  io_uring, bpf, keyctl, memfd, SysV memory (seccomp); limits on memory, processes, open files, disk, output.
+  It does not cover bugs of the kernel, side channels, kernel buffers (pipes), or what steps take of the cores.
+`none` covers: an empty environment, the limits, the same seccomp filter, no capabilities, no access to the
+  trainer's memory, and the killing of what a step leaves. It does not cover files: code reads and writes what
+  the trainer's uid may, files with expected answers too; it sees and may signal other processes.
 In both modes expected answers never enter the sandbox.
 """
 import ast
@@ -52,7 +52,7 @@ import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from os import _exit, dup2, fork, getpid, getppid, kill, waitpid       # by name: model code may patch the modules
+from os import _exit, dup2, fork, getpid, getppid, kill, waitpid    # by name: model code may patch modules
 from pathlib import Path, PurePosixPath
 from signal import SIG_BLOCK, SIG_SETMASK, SIG_UNBLOCK, SIGCONT, SIGINT, pthread_sigmask, sigwait
 from traceback import TracebackException
@@ -80,19 +80,19 @@ class Limits:
     """What one session may use."""
     seconds: float = 20.0           # a step, tool calls included
     grace: float = 1.0              # how much longer a step may take to be interrupted or killed
-    memory_mb: int = 1024           # address space of a process; resident in all of them together: three times this
+    memory_mb: int = 1024           # address space of a process; thrice this resident in all together
     output_chars: int = 20_000      # of the output (in bytes), the value and the error, each
     tool_calls: int = 50            # a session
     disk_mb: int = 64               # besides the attachments; also the largest file and the most output
     processes: int = 64             # processes and threads at once
-    rollback: bool = True           # fork a keeper before each step (1-2 ms); without, a kill costs the session's state
+    rollback: bool = True           # fork a keeper before each step; without, a kill restarts the session
 
 
 @dataclass
 class StepResult:
     """What one step came to. `status` is what the host found:
-    ok; error: an exception; timeout: interrupted, the variables are kept; killed: it did not react, or used too much;
-    crashed: its process died or broke the protocol. The last two are rolled back to the state before the step."""
+    ok; error: an exception; timeout: interrupted, variables are kept; killed: no reaction, or too much used;
+    crashed: its process died or broke the protocol. The last two roll back to the state before the step."""
     status: str = "ok"
     output: str = ""                # stdout and stderr in order, cut in the middle
     value: str | None = None        # repr of a last bare expression
@@ -104,17 +104,19 @@ class StepResult:
 
     def observation(self) -> str:
         """What the model reads: output, value and error."""
-        return "\n".join(part.rstrip("\n") for part in (self.output, self.value, self.error) if part) or "(no output)"
+        parts = [part.rstrip("\n") for part in (self.output, self.value, self.error) if part]
+        return "\n".join(parts) or "(no output)"
 
 
 class Session(AbstractContextManager):
-    """One trajectory's Python, made by `Executor.session`. One step at a time; other sessions run beside it."""
+    """One trajectory's Python, made by `Executor.session`. One step at a time; others run beside it."""
 
-    def __init__(self, executor: "Executor", tools: Mapping[str, Callable], files: Mapping[str, Path | bytes]):
+    def __init__(self, executor: "Executor", tools: Mapping[str, Callable],
+                 files: Mapping[str, Path | bytes]):
         for name in files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name or len(files) > 250:
-                raise UserError(f"a session takes up to 250 files with names inside its directory, not {name!r}")
+                raise UserError(f"a session takes up to 250 files with names inside its folder, not {name!r}")
         self.executor, self.tools, self.files = executor, dict(tools), dict(files)
         self.limits, self.tool_calls, self.workdir = executor.limits, 0, None
         if executor.base is not None:                   # sandbox "none": the directory is the host's to see
@@ -123,7 +125,7 @@ class Session(AbstractContextManager):
         self._start()
 
     def run(self, code: str, seconds: float | None = None) -> StepResult:
-        """Run one step of at most `seconds`, plus the grace. Raises SessionLost, and nothing for what the code does."""
+        """Run one step of at most `seconds` plus the grace. Raises SessionLost, not for what code does."""
         with self._lock, self.executor.slots:           # the clock starts when a slot is free
             if self._ctl is None:
                 raise SessionLost("the session is closed")
@@ -131,7 +133,7 @@ class Session(AbstractContextManager):
             self._deadline = start + (self.limits.seconds if seconds is None else seconds)
             try:
                 self._step(code, result)
-            except BaseException:                       # Ctrl-C in the trainer: nobody knows what the runner is doing
+            except BaseException:                       # Ctrl-C in the trainer: the runner may do anything
                 self._stop()
                 raise
             result.seconds = time.monotonic() - start
@@ -158,27 +160,28 @@ class Session(AbstractContextManager):
         os.lseek(self._out, 0, os.SEEK_SET)             # runner and host share the file's offset
         self._keeper, note = 0, None
         try:
-            if self._settling:                          # what the last step left is dead before this one begins
+            if self._settling:                          # what the last step left is dead before this
                 self._settling = False
                 self._await("settled")
             self._order("go")
             send_frame(self._wire, {"run": code})
             end, late = self._listen(result), self.seconds_left() == 0.0
             result.status = "timeout" if late else "ok" if end["end"] == "ok" else "error"
-            result.value, result.error = (text and cut(text, self.limits.output_chars) for text in (end["value"], end["error"]))
+            result.value, result.error = (end[key] and cut(end[key], self.limits.output_chars)
+                                          for key in ("value", "error"))
             note = "its time was up. Variables set so far are kept." if late else None
             self._order("settle")
             self._settling = True
         except (Broken, OSError) as problem:
-            status, reason = problem.args if isinstance(problem, Broken) else ("crashed", "its process is gone")
-            result.status = "killed" if self.seconds_left() == 0.0 else status
-            note = f"{reason}. {self._rollback()}"
+            lost = problem if isinstance(problem, Broken) else Broken("crashed", "its process is gone")
+            result.status = "killed" if self.seconds_left() == 0.0 else lost.args[0]
+            note = f"{lost.args[1]}. {self._rollback()}"
         result.output = self._output()
         if note:
             result.error = f"{result.error or ''}[{result.status}: {note}]"
 
     def _listen(self, result: StepResult) -> dict:
-        """Serve the step until its `end` frame: interrupt it when its time is up, every 0.1 s; then give up on it."""
+        """Serve the step until its `end` frame. Its time up, interrupt it every 0.1 s; then give up."""
         interrupts = 0
         while True:
             next_interrupt = self._deadline + 0.1 * interrupts
@@ -224,13 +227,14 @@ class Session(AbstractContextManager):
 
     def _call(self, frame: dict, result: StepResult) -> None:
         """Run one tool in a thread of its own, until the step's time is up, and without holding a slot."""
-        name, reply, finished = frame["call"], {"reply": frame["id"], "value": None, "error": None}, threading.Event()
+        name, reply = frame["call"], {"reply": frame["id"], "value": None, "error": None}
+        finished = threading.Event()
         result.tool_calls, self.tool_calls = result.tool_calls + 1, self.tool_calls + 1
 
         def work():
             try:
                 reply["value"] = self.tools[name](*frame["args"], **frame["kwargs"])
-            except BaseException as error:              # whatever a tool raises, exit included, is the model's to read
+            except BaseException as error:              # whatever it raises, exit included, the model reads
                 kind = type(error).__name__
                 reply["error"] = cut(str(error) if kind == "ToolError" else f"{kind}: {error}", 1000)
             finished.set()
@@ -241,17 +245,20 @@ class Session(AbstractContextManager):
             reply["error"] = f"no more than {self.limits.tool_calls} tool calls are allowed"
         else:
             self.executor.slots.release()
-            threading.Thread(target=work, daemon=True).start()
-            on_time = finished.wait(self.seconds_left())
-            waiting = time.monotonic()
-            self.executor.slots.acquire()
-            self._deadline += time.monotonic() - waiting
+            try:
+                threading.Thread(target=work, daemon=True).start()
+                on_time = finished.wait(self.seconds_left())
+            finally:
+                waiting = time.monotonic()
+                self.executor.slots.acquire()
+                self._deadline += time.monotonic() - waiting
             if not on_time:
-                return                                  # the interrupt is next, and nobody waits for the result
+                return                                  # the interrupt is next; nobody waits for it
         try:
             send_frame(self._wire, reply)
         except (TypeError, ValueError, RecursionError) as error:
-            send_frame(self._wire, reply | {"value": None, "error": f"the tool's result cannot be sent: {error}"})
+            reply |= {"value": None, "error": f"the tool's result cannot be sent: {error}"}
+            send_frame(self._wire, reply)
 
     def _rollback(self) -> str:
         """Kill the step and let the keeper take over; where there is none, start the session anew."""
@@ -259,7 +266,7 @@ class Session(AbstractContextManager):
             self._order("rollback", keeper=self._keeper)
             if self._await("rolled"):
                 while self._poll.poll(0) and self._wire.recv(1 << 16):
-                    pass                                # all writers are dead: what is left in the wire is stale
+                    pass                                # all writers are dead: this is stale
                 self._inbox.clear()
                 self._order("go")
                 if self._receive(time.monotonic() + self.limits.grace / 2) == {"ready": True}:
@@ -287,7 +294,7 @@ class Session(AbstractContextManager):
                     attachments.append(os.open(content, os.O_RDONLY))
             self._ctl, self._wire, self._out = self.executor.connect(details, attachments)
             self._inbox, self._poll, self._settling = bytearray(), select.poll(), False
-            self._ctl.settimeout(10.0)                  # trusted and prompt: longer means that something broke
+            self._ctl.settimeout(10.0)                  # trusted and prompt: else something broke
             self._wire.settimeout(self.limits.grace / 2)        # a runner may refuse to read
             self._poll.register(self._ctl, select.POLLIN)
             self._poll.register(self._wire, select.POLLIN)
@@ -303,7 +310,7 @@ class Session(AbstractContextManager):
 
     def _stop(self) -> None:
         if self._ctl is not None:
-            self._ctl.close()                           # the supervisor sees it and exits; its namespace goes with it
+            self._ctl.close()                           # the supervisor exits, all else with it
             self._wire.close()
             os.close(self._out)
             self._ctl = None
@@ -324,7 +331,7 @@ class Session(AbstractContextManager):
         return news[key]
 
     def _output(self) -> str:
-        """What the step wrote: all of it, or its first and last part, so that the host reads little whatever it is."""
+        """What the step wrote, or its first and last part: the host reads little, however much it is."""
         size, half = os.fstat(self._out).st_size, self.limits.output_chars // 2
         if size <= 2 * half:
             return os.pread(self._out, size, 0).decode("utf-8", "replace")
@@ -335,13 +342,14 @@ class Session(AbstractContextManager):
 
 def death(status: int) -> str:
     """What a wait status means, in words."""
-    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit status {os.WEXITSTATUS(status)}"
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
 
 
 class Executor(AbstractContextManager):
-    """Starts sessions. Thread-safe; any number of sessions, of which `max_running` (default: the cores) run a step.
+    """Starts sessions, any number; at most `max_running` (default: the cores) run a step. Thread-safe.
 
-    sandbox: "bwrap" (SandboxError where it does not work), "none", or "auto": bwrap, else none with a warning."""
+    sandbox: "bwrap" (SandboxError where it does not work), "none", or "auto": bwrap, else none, loudly."""
 
     def __init__(self, sandbox: str = "auto", limits: Limits = Limits(), max_running: int | None = None):
         if sandbox not in ("auto", "bwrap", "none"):
@@ -357,16 +365,16 @@ class Executor(AbstractContextManager):
             except (SandboxError, SessionLost) as error:
                 self.close()
                 if sandbox == "bwrap":
-                    raise SandboxError(f"--sandbox bwrap does not work here: {error} (see README, Sandbox)") from None
-                print(f"WARNING: NO SANDBOX: bwrap does not work here ({error}). Model-written code can read and change "
-                      "every file that you can, and signal your processes. See README, Sandbox.", file=sys.stderr)
+                    raise SandboxError(f"--sandbox bwrap fails here: {error} (README: Sandbox)") from None
+                print(f"WARNING: NO SANDBOX: bwrap fails here ({error}). Model-written code can read and "
+                      "change every file that you can, and signal processes (see README).", file=sys.stderr)
         self.sandbox, self.base = "none", tempfile.mkdtemp(prefix="tool-r1-")
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)         # else code of the same uid could read our memory in /proc
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)         # or code could read our memory in /proc
         self._start_zygote()
 
     def session(self, tools: Mapping[str, Callable] = types.MappingProxyType({}),
                 files: Mapping[str, Path | bytes] = types.MappingProxyType({})) -> Session:
-        """A new session: `tools` by their names in the code's namespace, `files` copied into its directory."""
+        """A new session: `tools` by their names in the code's namespace, `files` copied into its folder."""
         return Session(self, tools, files)
 
     def close(self) -> None:
@@ -389,7 +397,8 @@ class Executor(AbstractContextManager):
         ctl, ctl_inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         wire, wire_inside = socket.socketpair()
         out = os.memfd_create("output")
-        message = [json.dumps(details).encode()], [ctl_inside.fileno(), wire_inside.fileno(), out, *attachments]
+        fds = [ctl_inside.fileno(), wire_inside.fileno(), out, *attachments]
+        message = [json.dumps(details).encode()], fds
         with ctl_inside, wire_inside, self._lock:
             try:
                 socket.send_fds(self._control, *message)
@@ -411,7 +420,7 @@ class Executor(AbstractContextManager):
             ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
         with inside, tempfile.TemporaryFile() as errors:
             self._zygote = subprocess.Popen(command, stdin=inside, stdout=errors, stderr=errors, cwd="/",
-                                            start_new_session=True, env=environment)      # Ctrl-C is not for them
+                                            start_new_session=True, env=environment)  # no Ctrl-C for it
             try:
                 for _ in range(stages):
                     self._control.send(Path(__file__).read_bytes())
@@ -430,10 +439,12 @@ def bubblewrap(command: list[str]) -> list[str]:
     """The command inside bwrap: a read-only view of /usr and of the interpreter, and nothing else."""
     if (bwrap := shutil.which("bwrap")) is None:
         raise SandboxError("bubblewrap is not installed")
-    argv = [bwrap, "--unshare-all", "--as-pid-1", "--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev", "--dir", "/tmp"]
+    argv = [bwrap, "--unshare-all", "--as-pid-1", "--proc", "/proc", "--dev", "/dev", "--dir", "/tmp"]
+    argv += ["--ro-bind", "/usr", "/usr"]
     for path in ("/bin", "/sbin", "/lib", "/lib64"):
         if os.path.exists(path):
-            argv += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+            link = os.path.islink(path)
+            argv += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
     for path in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         argv += ["--ro-bind-try", path, path]
     for number, path in enumerate(visible_paths()):
@@ -442,7 +453,7 @@ def bubblewrap(command: list[str]) -> list[str]:
 
 
 def visible_paths() -> list[str]:
-    """What of the interpreter and its environment lies outside /usr. Not their whole folders: one may be a project."""
+    """The interpreter and its packages, outside /usr. Not whole prefixes: one may be a project."""
     paths = [os.path.join(prefix, part) for prefix in dict.fromkeys((sys.base_prefix, sys.prefix))
              for part in ("bin", "lib", "lib64", "pyvenv.cfg")]
     return [path for path in paths if os.path.exists(path) and not path.startswith("/usr/")]
@@ -452,8 +463,8 @@ def visible_paths() -> list[str]:
 
 TEXT = (str, type(None))
 FRAMES = {                                      # by their first key: all keys, and the types of their values
-    "run": {"run": str}, "reply": {"reply": int, "value": object, "error": TEXT},                       # to the runner
-    "keeper": {"keeper": int}, "call": {"call": str, "id": int, "args": list, "kwargs": dict},          # to the host
+    "run": {"run": str}, "reply": {"reply": int, "value": object, "error": TEXT},              # to the runner
+    "keeper": {"keeper": int}, "call": {"call": str, "id": int, "args": list, "kwargs": dict}, # to the host
     "answer": {"answer": str}, "end": {"end": str, "value": TEXT, "error": TEXT}, "ready": {"ready": bool}}
 
 
@@ -473,7 +484,7 @@ def send_frame(sock, frame: dict, dumps=json.dumps) -> None:
 
 
 def take_frame(inbox: bytearray, loads=json.loads) -> dict | None:
-    """Take the first frame out of the inbox, None while it is incomplete. ValueError, RecursionError: it is no frame."""
+    """Take the first frame out of the inbox, None while incomplete. ValueError, RecursionError: no frame."""
     if len(inbox) < 4:
         return None
     end = 4 + int.from_bytes(inbox[:4], "big")
@@ -484,7 +495,7 @@ def take_frame(inbox: bytearray, loads=json.loads) -> dict | None:
     frame = loads(bytes(inbox[4:end]))
     del inbox[:end]
     kinds = FRAMES.get(next(iter(frame), None)) if isinstance(frame, dict) else None
-    if kinds is None or frame.keys() != kinds.keys() or not all(isinstance(frame[key], kinds[key]) for key in kinds):
+    if not kinds or frame.keys() != kinds.keys() or not all(isinstance(frame[k], kinds[k]) for k in kinds):
         raise ValueError("not a frame")
     return frame
 
@@ -492,31 +503,34 @@ def take_frame(inbox: bytearray, loads=json.loads) -> dict | None:
 def cut(text: str, limit: int) -> str:
     """The first and last part of a long text, and how much is missing."""
     half = limit // 2
-    return text if len(text) <= limit else f"{text[:half]}\n[... {len(text) - 2 * half:,} characters cut ...]\n{text[-half:]}"
+    if len(text) <= limit:
+        return text
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters cut ...]\n{text[-half:]}"
 
 
 # --- inside: launch (as root only), zygote and supervisor. Trusted: they never run model code ---
 
-# The sandbox's Python gets this file as the first message on fd 0, and calls the function named in its argument.
+# The sandbox's Python gets this file as its first message on fd 0, and calls the function its argument names.
 BOOT = ("import json, os, sys, types; sys.modules['tools'] = types.SimpleNamespace(UserError=Exception); "
         "m = sys.modules['executor'] = types.ModuleType('executor'); exec(os.read(0, 1 << 18), vars(m)); "
         "del sys.modules['tools']; name, *args = json.loads(sys.argv[1]); getattr(m, name)(*args)")
-PRELOAD = ("collections", "csv", "datetime", "decimal", "fractions", "heapq", "itertools", "math", "multiprocessing",
-           "random", "re", "statistics", "string", "numpy")
+PRELOAD = ("collections", "csv", "datetime", "decimal", "fractions", "heapq", "itertools", "math",
+           "multiprocessing", "random", "re", "statistics", "string", "numpy")
 libc = ctypes.CDLL(None, use_errno=True)
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
 NEWNS, NEWUSER, NEWPID, ANY_NAMESPACE = 0x20000, 0x10000000, 0x20000000, 0x7E020000
 NOSUID, NODEV, BIND, REC, PRIVATE = 2, 4, 4096, 16384, 1 << 18
 EPERM, ENOSYS, ENETDOWN = 1, 38, 100
 # Refused system calls: their numbers on x86_64 and aarch64.
-REFUSED = """socket 41 198, connect 42 203, bind 49 200, listen 50 201, ptrace 101 117, process_vm_readv 310 270,
-    process_vm_writev 311 271, kcmp 312 272, perf_event_open 298 241, bpf 321 280, userfaultfd 323 282, unshare 272 97,
-    setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, name_to_handle_at 303 264,
-    open_by_handle_at 304 265, add_key 248 217, request_key 249 218, keyctl 250 219, init_module 175 105,
-    finit_module 313 273, kexec_load 246 104, personality 135 92, memfd_create 319 279, shmget 29 194, semget 64 190,
-    msgget 68 186, mq_open 240 180, fanotify_init 300 262, syslog 103 116"""
-# From 424 on the numbers are the same everywhere. Let through: pidfd_send_signal, pidfd_open, close_range, openat2,
-# faccessat2, epoll_pwait2, futex_waitv. The others (io_uring, clone3, new mount calls, memfd_secret, ...) "do not exist".
+REFUSED = """socket 41 198, connect 42 203, bind 49 200, listen 50 201, ptrace 101 117, kcmp 312 272,
+    process_vm_readv 310 270, process_vm_writev 311 271, perf_event_open 298 241, bpf 321 280, syslog 103 116,
+    userfaultfd 323 282, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41,
+    chroot 161 51, name_to_handle_at 303 264, open_by_handle_at 304 265, add_key 248 217, request_key 249 218,
+    keyctl 250 219, init_module 175 105, finit_module 313 273, kexec_load 246 104, personality 135 92,
+    memfd_create 319 279, shmget 29 194, semget 64 190,
+    msgget 68 186, mq_open 240 180, fanotify_init 300 262"""
+# From 424 on all numbers agree. Let through: pidfd_send_signal, pidfd_open, close_range, openat2, faccessat2,
+# epoll_pwait2, futex_waitv. The rest (io_uring, clone3, new mounts, memfd_secret, ...) "does not exist".
 HARMLESS = (424, 434, 436, 437, 439, 441, 449)
 
 
@@ -526,14 +540,15 @@ def check(result: int, what: str) -> None:
 
 
 def launch(uid: int, paths: list[str], command: list[str]) -> None:
-    """As root: bind the interpreter where an unprivileged uid can read it (a home may be 0700), drop to it, be bwrap."""
+    """As root: bind the interpreter where any uid can read it (a home may be 0700); drop to uid; be bwrap."""
     check(libc.unshare(NEWNS), "unshare")
     check(libc.mount(None, b"/", None, REC | PRIVATE, None), "make mounts private")
     sources = [os.open(path, os.O_PATH) for path in paths]
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"mode=755"), "mount /tmp")
     for number, (path, source) in enumerate(zip(paths, sources)):
         os.mkdir(f"/tmp/{number}") if os.path.isdir(path) else Path(f"/tmp/{number}").touch()
-        check(libc.mount(b"/proc/self/fd/%d" % source, b"/tmp/%d" % number, None, BIND | REC, None), f"bind {path}")
+        origin, target = b"/proc/self/fd/%d" % source, b"/tmp/%d" % number
+        check(libc.mount(origin, target, None, BIND | REC, None), f"bind {path}")
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -541,7 +556,7 @@ def launch(uid: int, paths: list[str], command: list[str]) -> None:
 
 
 def zygote(base: str | None) -> None:
-    """Import once what sessions use; fork a session for every message, which brings its descriptors. `base`: no bwrap."""
+    """Import what sessions use; fork a session for every message, with its descriptors. `base`: no bwrap."""
     for name in PRELOAD:
         try:
             importlib.import_module(name)
@@ -553,12 +568,12 @@ def zygote(base: str | None) -> None:
     signal.signal(SIGINT, signal.SIG_IGN)
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
     gc.collect()
-    gc.freeze()                                         # so that a collection does not touch, and copy, these pages
+    gc.freeze()                                         # a collection does not touch, so copy, these pages
     control.send(b"ready")
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1 << 18, 253)
-        if not message:                                 # the host is gone. In bwrap's namespace this is process 1:
-            break                                       # it takes every session with it
+        if not message:                                 # the host is gone. In bwrap's namespace this is
+            break                                       # process 1, and takes every session with it
         if fork() == 0:
             control.close()
             ctl, wire = (socket.socket(fileno=fd) for fd in fds[:2])
@@ -581,7 +596,8 @@ def zygote(base: str | None) -> None:
 def session(ctl, wire, out: int, attachments: list[int], setup: dict, isolated: bool) -> None:
     """Set up a session and supervise it."""
     if isolated:
-        isolate((setup["disk_mb"] << 20) + sum(os.fstat(fd).st_size for fd in attachments), 1000 + 16 * setup["disk_mb"])
+        attached = sum(os.fstat(fd).st_size for fd in attachments)
+        isolate(size=attached + (setup["disk_mb"] << 20), inodes=1000 + 16 * setup["disk_mb"])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or nothing could be waited for
     os.makedirs(setup["workdir"], exist_ok=True)
     os.chdir(setup["workdir"])
@@ -601,7 +617,7 @@ def session(ctl, wire, out: int, attachments: list[int], setup: dict, isolated: 
 
 
 def isolate(size: int, inodes: int) -> None:
-    """Become process 1 of new user, mount and pid namespaces, with a /proc of its own, and one tmpfs as /tmp and /dev/shm."""
+    """Be process 1 of new user, mount and pid namespaces, with its own /proc, /tmp and /dev/shm."""
     uid, gid = os.getuid(), os.getgid()
     check(libc.unshare(NEWUSER | NEWNS | NEWPID), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
@@ -609,7 +625,8 @@ def isolate(size: int, inodes: int) -> None:
     if fork():
         _exit(0)
     check(libc.mount(b"proc", b"/proc", b"proc", NOSUID | NODEV, None), "mount /proc")
-    check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"mode=700,size=%d,nr_inodes=%d" % (size, inodes)), "mount /tmp")
+    options = b"mode=700,size=%d,nr_inodes=%d" % (size, inodes)
+    check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, options), "mount /tmp")
     os.mkdir("/tmp/.shm")
     check(libc.mount(b"/tmp/.shm", b"/dev/shm", None, BIND, None), "bind /dev/shm")
 
@@ -617,35 +634,38 @@ def isolate(size: int, inodes: int) -> None:
 def restrict(setup: dict, isolated: bool) -> None:
     """Limits, no capabilities, fewer system calls, for this process and all that it forks."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = {"AS": mapped + (setup["memory_mb"] << 20), "FSIZE": setup["disk_mb"] << 20, "NOFILE": 256, "CORE": 0, "MEMLOCK": 0}
+    limits = {"AS": mapped + (setup["memory_mb"] << 20), "FSIZE": setup["disk_mb"] << 20, "NOFILE": 256,
+              "CORE": 0, "MEMLOCK": 0}
     if isolated:
-        limits["NPROC"] = setup["processes"] + 3        # counted per user namespace; elsewhere it is all of the uid's
+        limits["NPROC"] = setup["processes"] + 3        # per user namespace; elsewhere it is all the uid's
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     os.setsid()
-    Path("/proc/self/oom_score_adj").write_text("1000")         # if the machine runs out of memory, sessions go first
+    Path("/proc/self/oom_score_adj").write_text("1000")     # if memory runs out, sessions go first
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
     check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
     rules = seccomp_rules(platform.machine())
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-    check(libc.prctl(PR_SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(rules), ctypes.addressof(program)), 0, 0), "seccomp")
+    filters = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(program))
+    check(libc.prctl(PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")
 
 
 def seccomp_rules(machine: str) -> list[tuple[int, int, int, int]]:
-    """Classic BPF over struct seccomp_data: the call's number at 0, the architecture at 4, the first argument at 16."""
+    """Classic BPF over struct seccomp_data: the number at 0, architecture at 4, first argument at 16."""
     column, arch, clone = {"x86_64": (1, 0xC000003E, 56), "aarch64": (2, 0xC00000B7, 220)}[machine]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill_process, errno = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x80000000), 0x00050000
     rules = [(load, 0, 0, 4), (equal, 1, 0, arch), kill_process, (load, 0, 0, 0)]
     for number in HARMLESS:
         rules += [(equal, 0, 1, number), allow]
-    rules += [(at_least, 0, 1, 424), (give, 0, 0, errno | ENOSYS)]          # the x32 numbers too, from 2^30 on
+    rules += [(at_least, 0, 1, 424), (give, 0, 0, errno | ENOSYS)]      # the x32 numbers too, from 2^30 on
     for call in REFUSED.split(","):
         code = ENETDOWN if call.startswith("socket") else EPERM
         rules += [(equal, 0, 1, int(call.split()[column])), (give, 0, 0, errno | code)]
-    return rules + [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 0, 1, ANY_NAMESPACE), (give, 0, 0, errno | EPERM), allow]
+    refuse = (give, 0, 0, errno | EPERM)
+    return rules + [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 0, 1, ANY_NAMESPACE), refuse, allow]
 
 
 def supervise(ctl, wire, runner: int, setup: dict) -> None:
@@ -758,20 +778,20 @@ class Worker:
     """Runs the steps, in the module __main__."""
 
     def __init__(self, wire, out: int, setup: dict):
-        self.wire, self.out, self.setup, self.inbox, self.lock = wire, out, setup, bytearray(), threading.Lock()
+        self.wire, self.out, self.setup, self.inbox = wire, out, setup, bytearray()
         self.step = self.keeper = self.calls = self.interrupts = 0
         self.in_step = self.armed = False
         sys.modules["__main__"] = self.main = types.ModuleType("__main__")
         sys.argv = [""]
         sys.path.append(os.getcwd())
         os.environ.update(HOME=os.getcwd(), TMPDIR="/tmp" if getppid() == 1 else os.getcwd())
-        names = {name: self.tool(name, doc) for name, doc in setup["tools"].items()}
-        vars(self.main).update(names, __builtins__=builtins, final_answer=self.final_answer, ToolError=ToolError)
+        vars(self.main).update({name: self.tool(name, doc) for name, doc in setup["tools"].items()},
+                               __builtins__=builtins, final_answer=self.final_answer, ToolError=ToolError)
 
     def loop(self) -> None:
-        """Serve steps for ever. Before each a keeper is forked, which waits, and goes on from here if it has to."""
+        """Serve steps for ever. Before each, fork a keeper, which waits, and goes on if it has to."""
         libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)         # code may look at its own /proc/self
-        pthread_sigmask(SIG_BLOCK, {SIGCONT})           # it still continues a stopped process, and a keeper cannot miss it
+        pthread_sigmask(SIG_BLOCK, {SIGCONT})           # it works all the same; a keeper cannot miss it
         supervisor, keeper = getppid(), 0
         while True:
             frame = self.read()
@@ -780,7 +800,7 @@ class Worker:
             self.step, old_keeper = self.step + 1, keeper
             try:
                 keeper = fork() if self.setup["rollback"] else -1
-            except OSError:                             # the code's own threads leave no room: no keeper for this step
+            except OSError:                             # the code's threads leave no room: no keeper
                 keeper = -1
             if keeper == 0:
                 sigwait({SIGCONT})
@@ -802,7 +822,7 @@ class Worker:
         self.in_step = True
         try:
             value, error = self.execute(code)
-        except BaseException as again:                  # interrupted once more, while the first was being described
+        except BaseException as again:                  # interrupted again while it was described
             value, error = None, type(again).__name__
         self.armed = False
         sys.settrace(None)
@@ -823,7 +843,7 @@ class Worker:
             last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
             exec(compile(tree, name, "exec"), space)
             value = last and eval(compile(ast.Expression(last.value), name, "eval"), space)
-            return None if value is None else cut("".join([repr(value)]), limit), None      # join: a plain str
+            return None if value is None else cut("".join([repr(value)]), limit), None  # join: a plain str
         except BaseException as error:
             sys.settrace(None)
             return None, describe(error, limit)
@@ -865,7 +885,7 @@ class Worker:
         return function
 
     def call(self, name: str, args: tuple, kwargs: dict):
-        """Have the host run a tool. What the tool says no to, and arguments that are not JSON, raise ToolError."""
+        """Have the host run a tool. ToolError: the tool says no, or the arguments are not JSON."""
         with self.turn(name):
             self.calls += 1
             try:
@@ -886,7 +906,7 @@ class Worker:
 
     @contextmanager
     def turn(self, name: str):
-        """Only the session's own process may talk to the host, one thread at a time, and only during a step."""
+        """Only the runner itself may talk to the host, one thread at a time, and only during a step."""
         if getpid() != self.me:
             raise ToolError(f"{name} works in the main process only")
         with self.lock:
@@ -927,7 +947,8 @@ def describe(error: BaseException, limit: int) -> str:
         while todo:
             part = todo.pop()
             part.stack[:] = [frame for frame in part.stack if frame.filename.startswith("<step ")]
-            todo += [other for other in (part.__cause__, part.__context__) if other] + list(getattr(part, "exceptions", None) or [])
+            todo += [other for other in (part.__cause__, part.__context__) if other]
+            todo += getattr(part, "exceptions", None) or []
         return cut("".join(whole.format()), limit)
     except BaseException:
         return f"{type(error).__name__} (its text could not be made)"

@@ -19,7 +19,7 @@ import executor as module
 from executor import Executor, Limits, SandboxError, StepResult
 from tools import ToolError, UserError
 
-LIMITS = Limits(seconds=8.0, grace=0.8, memory_mb=256, disk_mb=16, processes=24, tool_calls=5, output_chars=2000)
+LIMITS = Limits(8.0, 0.8, memory_mb=256, output_chars=2000, tool_calls=5, disk_mb=16, processes=24)
 
 
 @pytest.fixture(scope="module", params=["bwrap", "none"])
@@ -57,18 +57,20 @@ def gone(pids: set[int], seconds: float = 10.0) -> bool:
 
 def test_state_persists(executor):
     with executor.session(files={"a.txt": b"one\ntwo\n"}) as session:
-        assert session.run("import math\nf = open('a.txt')\ndef area(r): return math.pi * r ** 2").status == "ok"
+        code = "import math\nf = open('a.txt')\ndef area(r): return math.pi * r ** 2"
+        assert session.run(code).status == "ok"
         assert session.run("f.readline()").value == "'one\\n'"
         assert session.run("f.readline(), round(area(1), 2)").value == "('two\\n', 3.14)"
         assert session.run("None").value is None
         assert session.run("import pickle; pickle.loads(pickle.dumps(area)) is area").value == "True"
-        assert session.run("from dataclasses import dataclass\n@dataclass\nclass P:\n x: int\nP(1)").value == "P(x=1)"
+        code = "from dataclasses import dataclass\n@dataclass\nclass P:\n x: int\nP(1)"
+        assert session.run(code).value == "P(x=1)"
 
 
 def test_traceback_shows_the_models_lines_of_all_steps(executor):
     with executor.session() as session:
         session.run("def half(x):\n    return 1 / x")
-        result = session.run("import json\ntry:\n    half(0)\nexcept ZeroDivisionError as e:\n    json.loads('{')")
+        result = session.run("import json\ntry:\n    half(0)\nexcept ZeroDivisionError:\n    json.loads('{')")
     lines = result.error.splitlines()
     assert result.status == "error" and lines[-1].startswith("json.decoder.JSONDecodeError")
     assert '  File "<step 1>", line 2, in half' in lines and "    return 1 / x" in lines
@@ -84,7 +86,7 @@ def test_observation():
 def test_what_was_printed_before_a_timeout_is_kept(executor):
     with executor.session() as session:
         result = session.run("x = 1\nprint('a', end='')\nwhile True: pass", 0.3)
-        assert (result.status, result.output) == ("timeout", "a") and "Variables set so far are kept" in result.error
+        assert (result.status, result.output) == ("timeout", "a") and "Variables set so far" in result.error
         assert 0.3 <= result.seconds <= 0.3 + LIMITS.grace + 0.5
         assert session.run("x").value == "1"
 
@@ -143,10 +145,11 @@ def test_tools(executor):
         raise ToolError("not that one")
 
     with executor.session({"add": add, "refuse": refuse}) as session:
-        assert session.run("import numpy as np; add(np.int64(2), b=3), add.__doc__").value == "(5, 'Add two numbers.')"
+        code = "import numpy as np; add(np.int64(2), b=3), add.__doc__"
+        assert session.run(code).value == "(5, 'Add two numbers.')"
         assert session.run("try: refuse()\nexcept ToolError as e: print(e)").output == "not that one\n"
         result = session.run("[add(i) for i in range(9)]")
-        assert result.status == "error" and "no more than 5 tool calls" in result.error and result.tool_calls == 4
+        assert (result.status, result.tool_calls) == ("error", 4) and "no more than 5 tool" in result.error
 
 
 def test_tools_know_the_time_left(executor):
@@ -155,7 +158,8 @@ def test_tools_know_the_time_left(executor):
         session.run("look(); import time; time.sleep(0.3); look()", 5.0)
         assert 4.0 < left[0] <= 5.0 and 0.25 < left[0] - left[1] < 2.0
         start = time.monotonic()
-        assert session.run("import time; time.sleep(60)", 0.2).status == "timeout" and time.monotonic() - start < 2.0
+        assert session.run("import time; time.sleep(60)", 0.2).status == "timeout"
+        assert time.monotonic() - start < 2.0
 
 
 def test_clock_starts_with_the_slot_and_tools_hold_none():
@@ -197,11 +201,11 @@ def test_a_session_stands_still_between_steps(executor):
 
 
 def test_leftovers_are_killed_with_the_step(executor):
-    daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork(): os._exit(0)\n    time.sleep(60)"
+    daemon = "import os, time\nif not os.fork():\n os.setsid()\n if os.fork(): os._exit(0)\n time.sleep(60)"
     with executor.session() as session:
         before = tree(executor._zygote.pid)
         assert session.run(daemon).status == "ok"
-        assert session.run("1").status == "ok"                  # the sweep is done before the next step begins
+        assert session.run("1").status == "ok"      # the sweep is done before the next step begins
         assert gone(tree(executor._zygote.pid) - before)
 
 
@@ -211,9 +215,11 @@ def test_none_keeps_the_trainers_memory_and_environment_closed(monkeypatch):
         for name in ("mem", "environ", "maps"):
             assert "PermissionError" in session.run(f"open('/proc/{os.getpid()}/{name}', 'rb').read(1)").error
         assert session.run("import os; 'A_KEY' in os.environ").value == "False"
-        assert "Network is down" in session.run("import socket; socket.create_connection(('127.0.0.1', 80))").error
-        many = session.run("import os, time\nfor i in range(100): os.fork() or time.sleep(60)\ntime.sleep(60)")
-        assert many.status == "killed" and "it had too m" in many.error        # memory or processes, what is seen first
+        connect = "import socket; socket.create_connection(('127.0.0.1', 80))"
+        assert "Network is down" in session.run(connect).error
+        many = "import os, time\nfor i in range(100): os.fork() or time.sleep(60)\ntime.sleep(60)"
+        result = session.run(many)
+        assert result.status == "killed" and "it had too m" in result.error  # many processes, or much memory
 
 
 def test_bwrap_missing_is_said_loudly(monkeypatch, capsys):
@@ -255,17 +261,18 @@ def test_nothing_outlives_the_trainer(sandbox, blow):
     from executor import Executor
     executor = Executor({sandbox!r})
     sessions = [executor.session() for _ in range(3)]
-    sessions[0].run("import threading\\ndef spin():\\n while True: pass\\nthreading.Thread(target=spin).start()")
+    sessions[0].run("import threading as t\\ndef spin():\\n while True: pass\\nt.Thread(target=spin).start()")
     sessions[1].run("import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)")
     print(executor._zygote.pid, executor.base, flush=True)
     sessions[2].run("import time; time.sleep(60)", 60)"""
-    trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True)
     zygote, base = trainer.stdout.readline().split()
     time.sleep(0.3)
     pids = tree(trainer.pid)
     assert int(zygote) in pids and len(pids) >= 7
-    os.killpg(trainer.pid, blow)                                # as a terminal's Ctrl-C does: to the whole group
+    os.killpg(trainer.pid, blow)                            # as a terminal's Ctrl-C does: to the group
     trainer.wait(10)
     assert gone(pids)
     assert base == "None" or not os.path.exists(base)
@@ -274,9 +281,10 @@ def test_nothing_outlives_the_trainer(sandbox, blow):
 def test_a_dead_zygote_is_replaced():
     with Executor("bwrap", LIMITS) as executor:
         session = executor.session()
-        for pid in tree(executor._zygote.pid) | {executor._zygote.pid}:
+        pids = tree(executor._zygote.pid) | {executor._zygote.pid}
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        executor._zygote.wait(10)
+        assert gone(pids)
         result = session.run("1")
         assert result.status == "crashed" and "restarted" in result.error
         assert session.run("2").value == "2" and executor.session().run("3").value == "3"
@@ -285,8 +293,9 @@ def test_a_dead_zygote_is_replaced():
 @pytest.mark.slow
 def test_soak():
     """5,000 sessions x 5 steps from 8 threads, 5 % of the steps hostile. Prints its figures: run with -s."""
-    hostile = ["import os; os._exit(1)", "while True: pass", "import os\nwhile True: os.fork()", "sum(range(10 ** 12))",
-               "print('x' * 10_000_000)", "import os; os.closerange(3, 256)", "raise SystemExit", "z = [0] * 10 ** 10",
+    hostile = ["import os; os._exit(1)", "while True: pass", "import os\nwhile True: os.fork()",
+               "sum(range(10 ** 12))", "print('x' * 10_000_000)", "import os; os.closerange(3, 256)",
+               "raise SystemExit", "z = [0] * 10 ** 10",
                "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)"]
 
     def trajectory(number):
@@ -307,7 +316,9 @@ def test_soak():
     limits = Limits(seconds=10.0, grace=1.0, memory_mb=256, disk_mb=16, processes=24)
     with Executor("bwrap", limits) as executor, ThreadPoolExecutor(8) as pool:
         list(pool.map(trajectory, range(200)))                  # warm
-        inside = min(tree(executor._zygote.pid))
+        while len(tree(executor._zygote.pid)) > 1:
+            time.sleep(0.1)
+        inside, = tree(executor._zygote.pid)
         before = len(os.listdir("/proc/self/fd")), resident(os.getpid()), resident(inside)
         start = time.monotonic()
         count = sum(pool.map(trajectory, range(5000)))
@@ -316,7 +327,9 @@ def test_soak():
         while len(tree(executor._zygote.pid)) > 1 and time.monotonic() < until:
             time.sleep(0.1)
         after = len(os.listdir("/proc/self/fd")), resident(os.getpid()), resident(inside)
-        print(f"\nsoak: 25,000 steps ({count} hostile) in {seconds:.0f} s; processes left {len(tree(executor._zygote.pid)) - 1}; "
-              f"descriptors {before[0]} -> {after[0]}; host {before[1]:.1f} -> {after[1]:.1f} MB; zygote {before[2]:.1f} -> {after[2]:.1f} MB")
-        assert len(tree(executor._zygote.pid)) == 1 and after[0] == before[0]
+        left = len(tree(executor._zygote.pid)) - 1
+        print(f"\nsoak: 25,000 steps ({count} hostile) in {seconds:.0f} s; {left} processes left;",
+              "descriptors {}, host {:.1f} MB, zygote {:.1f} MB;".format(*before),
+              "descriptors {}, host {:.1f} MB, zygote {:.1f} MB".format(*after))
+        assert left == 0 and after[0] == before[0]
         assert after[1] < before[1] + 30 and after[2] < before[2] + 5

@@ -1,32 +1,32 @@
-"""The hostile suite: what model-written code does by accident or by reward hacking, and what the host must make of it.
+"""The hostile suite: what model-written code does by accident or by reward hacking, and what comes of it.
 
-Each row of TABLE is `name, expected, code`. A fresh session has run `x = 1`; then runs `y = 1` and the row's code as one step.
-`expected` is the statuses that may result (`|` between), and what is true of the state afterwards:
-    kept    y is there: the step's effects hold               back    only x is there: memory is as before the step
-    lost    neither: the session was restarted                any     the code broke its own session: it must work again
-After every row: the step took at most limit + grace, a witness session and the host are unharmed, no process is left.
-`= text` in the expectation demands this text in the observation, `~ text` forbids it.
+Each row of TABLE is `name, expected, code`. A fresh session has run `x = 1`; then `y = 1` and the row's code
+run as one step. `expected` names the statuses that may result (`|` between) and the state afterwards:
+    kept    y is there: the step's effects hold         back    only x is there: memory is as before the step
+    lost    neither: the session was restarted          any     the code broke its session: it must work again
+and, after `=`, a text that must be in the result; after `~`, one that must not. After every row: the step
+took at most limit + grace, a witness session is unharmed, and of the row's session no process is left.
 """
-import gc
 import os
 import secrets
 import socket
-import threading
 import time
 
 import pytest
 
 from executor import Executor, Limits
+from test_executor import tree
 from tools import ToolError
 
-LIMITS = Limits(seconds=0.3, grace=0.8, memory_mb=256, disk_mb=16, processes=24, tool_calls=50, output_chars=2000)
+LIMITS = Limits(0.3, 0.8, memory_mb=256, output_chars=2000, tool_calls=50, disk_mb=16, processes=24)
 ROOMY = 8.0                     # seconds for the rows that are not about time: the machine may be busy
 SLACK = 0.5                     # how far a busy machine may let the host's own clock slip
 SECRET = secrets.token_hex(8)   # stands for an expected answer; the code below gets it in two halves only
 
 # The runner's descriptor of the wire, and a way to write raw frames to it.
 WIRE = """import os, stat, struct, json, time, socket
-w = [f for f in range(3, 64) if os.path.exists(f'/proc/self/fd/{f}') and stat.S_ISSOCK(os.fstat(f).st_mode)][0]
+w = [int(f) for f in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{f}')]
+w = [f for f in w if stat.S_ISSOCK(os.fstat(f).st_mode)][0]
 def raw(data): os.write(w, struct.pack('>I', len(data)) + data)
 def send(frame): raw(json.dumps(frame).encode())
 """
@@ -40,17 +40,23 @@ TABLE = {
         ("printed before",       "timeout kept = early", "print('early'); import time; time.sleep(60)"),
         ("regex",                "timeout kept", "import re; re.match(r'(a+)+$', 'a' * 40 + 'b')"),
         ("huge pow",             "timeout|killed any", "z = 3 ** 10 ** 8"),
-        ("swallowed",            "timeout kept", "while True:\n try:\n  while True: pass\n except BaseException: pass"),
-        ("swallowed at once",    "timeout kept", "import time\nwhile True:\n try: time.sleep(9)\n except: continue"),
+        ("swallowed",            "timeout kept",
+         "while True:\n try:\n  while True: pass\n except BaseException: pass"),
+        ("swallowed at once",    "timeout kept",
+         "import time\nwhile True:\n try: time.sleep(9)\n except: continue"),
         ("finally",              "timeout kept", "try:\n while True: pass\nfinally:\n while True: pass"),
         ("repr",                 "timeout kept", "class R:\n def __repr__(self):\n  while True: pass\nR()"),
-        ("str of an exception",  "timeout kept", "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E"),
-        ("del",                  "timeout kept", "class D:\n def __del__(self):\n  while True: pass\nd = D(); del d"),
+        ("str of an exception",  "timeout kept",
+         "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E"),
+        ("del",                  "timeout kept",
+         "class D:\n def __del__(self):\n  while True: pass\nd = D(); del d"),
         ("asyncio",              "timeout kept", "import asyncio; asyncio.run(asyncio.sleep(60))"),
-        ("lock",                 "timeout kept", "import threading; l = threading.Lock(); l.acquire(); l.acquire()"),
+        ("lock",                 "timeout kept",
+         "import threading; l = threading.Lock(); l.acquire(); l.acquire()"),
         ("pipe",                 "timeout kept", "import os; os.read(os.pipe()[0], 1)"),
         ("subprocess",           "timeout kept", "import subprocess; subprocess.run(['sleep', '60'])"),
-        ("join",                 "timeout kept", SPIN + "t = threading.Thread(target=spin); t.start(); t.join()"),
+        ("join",                 "timeout kept",
+         SPIN + "t = threading.Thread(target=spin); t.start(); t.join()"),
         ("sort key",             "timeout kept", "def key(v):\n while True: pass\nsorted([2, 1], key=key)"),
         ("pause",                "timeout kept", "import signal; signal.pause()"),
         ("stops itself",         "timeout kept", "import os; os.kill(os.getpid(), 19)"),
@@ -58,15 +64,22 @@ TABLE = {
     ],
     "kills that roll back": [
         ("C loop",               "killed back", "sum(range(10 ** 12))"),
-        ("C loop in a thread",   "killed back", SPIN + "threading.Thread(target=sum, args=(range(10 ** 12),)).start(); spin()"),
-        ("endless iterator",     "killed back", "import collections, itertools; collections.deque(itertools.repeat(0), 0)"),
-        ("signals blocked",      "killed back", "import signal\nsignal.pthread_sigmask(0, range(1, 32))\nwhile True: pass"),
-        ("signals ignored",      "killed back", "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass"),
-        ("handler of its own",   "killed back", "import signal\nsignal.signal(2, lambda *a: None)\nwhile True: pass"),
-        ("swallowed thrice",     "killed back", "def f(n):\n while True:\n  try:\n   f(n - 1) if n else time.sleep(9)\n  except: pass\n"
+        ("C loop in a thread",   "killed back",
+         SPIN + "threading.Thread(target=sum, args=(range(10 ** 12),)).start(); spin()"),
+        ("endless iterator",     "killed back",
+         "import collections, itertools; collections.deque(itertools.repeat(0), 0)"),
+        ("signals blocked",      "killed back",
+         "import signal\nsignal.pthread_sigmask(0, range(1, 32))\nwhile True: pass"),
+        ("signals ignored",      "killed back",
+         "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass"),
+        ("handler of its own",   "killed back",
+         "import signal\nsignal.signal(2, lambda *a: None)\nwhile True: pass"),
+        ("swallowed thrice",     "killed back",
+         "def f(n):\n while True:\n  try:\n   f(n - 1) if n else time.sleep(9)\n  except: pass\n"
                                                 "import time; f(9)"),
         ("exec",                 "killed back", "import os; os.execvp('sleep', ['sleep', '60'])"),
-        ("recursion unlimited",  "killed|crashed|error|timeout any", "import sys; sys.setrecursionlimit(10 ** 9)\ndef f(): return [f()]\nf()"),
+        ("recursion unlimited",  "killed|crashed|error|timeout any",
+         "import sys; sys.setrecursionlimit(10 ** 9)\ndef f(): return [f()]\nf()"),
     ],
     "crashes": [
         ("_exit 0",              "crashed back", "import os; os._exit(0)"),
@@ -76,13 +89,20 @@ TABLE = {
         ("kill -9",              "crashed back = SIGKILL", "import os; os.kill(os.getpid(), 9)"),
         ("kills the keeper",     "ok kept", "import os; os.kill(-1, 9)"),
         ("keeper, then itself",  "crashed lost", "import os; os.kill(-1, 9); os._exit(1)"),
-        ("alarm",                "crashed back = SIGALRM", "import signal; signal.setitimer(signal.ITIMER_REAL, 0.01)\nwhile True: pass"),
-        ("_exit in a thread",    "crashed back", SPIN + "threading.Thread(target=os._exit, args=(1,)).start(); spin()"),
-        ("C stack",              "crashed|error any", "import pickle\nclass A: pass\nf = lambda s: s\nx2 = []\nfor i in range(10 ** 5): x2 = [x2]\nimport ctypes\n"
+        ("alarm",                "crashed back = SIGALRM",
+         "import signal; signal.setitimer(signal.ITIMER_REAL, 0.01)\nwhile True: pass"),
+        ("_exit in a thread",    "crashed back",
+         SPIN + "threading.Thread(target=os._exit, args=(1,)).start(); spin()"),
+        ("C stack",              "crashed|error any",
+         "import pickle\nclass A: pass\nf = lambda s: s\nx2 = []\nfor i in range(10 ** 5): x2 = [x2]\n"
+         "import ctypes\n"
                                  "ctypes.memmove(ctypes.addressof(ctypes.c_int()), 1, 10)"),
-        ("thread bomb",          "error any", "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"),
+        ("thread bomb",          "error any",
+         "import threading, time\n"
+         "while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"),
         ("descriptor bomb",      "error kept", "l = []\nwhile True: l.append(open('/dev/null'))"),
-        ("32-bit system call",   "crashed|error any", LIBC + "libc.syscall(0x80000000); import signal; os.kill(os.getpid(), signal.SIGSYS)"),
+        ("32-bit system call",   "crashed|error any",
+         LIBC + "libc.syscall(0x80000000); import signal; os.kill(os.getpid(), signal.SIGSYS)"),
     ],
     "ordinary errors": [
         ("SystemExit",           "error kept = SystemExit", "import sys; sys.exit(0)"),
@@ -97,24 +117,37 @@ TABLE = {
         ("wide expression",      "error|crashed any", "z = 1" + "+1" * 100_000),
         ("recursion",            "error kept = RecursionError", "def f(): return f()\nf()"),
         ("input",                "error kept = EOFError", "input()"),
-        ("hostile exception",    "error kept", "class E(Exception):\n __str__ = __repr__ = lambda self: 1 / 0\nraise E"),
-        ("hostile metaclass",    "error kept", "class M(type):\n def __instancecheck__(c, o): 1 / 0\nclass E(Exception, metaclass=M): pass\nraise E"),
+        ("hostile exception",    "error kept",
+         "class E(Exception):\n __str__ = __repr__ = lambda self: 1 / 0\nraise E"),
+        ("hostile metaclass",    "error kept",
+         "class M(type):\n def __instancecheck__(c, o): 1 / 0\nclass E(Exception, metaclass=M): pass\n"
+         "raise E"),
         ("value of wrong type",  "error kept = TypeError", "class R:\n __repr__ = lambda self: 5\nR()"),
         ("long message",         "error kept = cut", "raise ValueError('x' * 10 ** 6)"),
         ("huge int to str",      "error kept = ValueError", "print(10 ** 10 ** 5)"),
         ("list memory",          "error kept = MemoryError", "z = [0] * 10 ** 10"),
-        ("growing memory",       "error kept = MemoryError", "z = []\nwhile True: z.append(bytearray(1 << 20))"),
+        ("growing memory",       "error kept = MemoryError",
+         "z = []\nwhile True: z.append(bytearray(1 << 20))"),
         ("numpy memory",         "error kept = MemoryError", "import numpy as np; z = np.ones(10 ** 9)"),
-        ("memory by children",   "killed any = memory", "import os, time\nfor i in range(20):\n if os.fork() == 0:\n  z = b'x' * (200 << 20)\n  time.sleep(60)\ntime.sleep(60)"),
+        ("memory by children",   "killed any = memory",
+         "import os, time\nfor i in range(20):\n if os.fork() == 0:\n  z = b'x' * (200 << 20)\n "
+         " time.sleep(60)\ntime.sleep(60)"),
         ("memfd",                "error kept = PermissionError", "import os; os.memfd_create('a')"),
-        ("disk",                 "error kept = OSError", "n = 0\nwhile True:\n n += 1\n open(f'f{n}', 'wb').write(bytes(8 << 20))"),
-        ("large file",           "error kept = OSError", "f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))"),
-        ("inodes",               "error kept = OSError", "for i in range(10 ** 6): open(f'f{i}', 'w').close()"),
-        ("shared memory",        "error|crashed any", "from multiprocessing.shared_memory import SharedMemory\ns = SharedMemory('a', True, 64 << 20)\ns.buf[::4096] = bytes(16384)"),
+        ("disk",                 "error kept = OSError",
+         "n = 0\nwhile True:\n n += 1\n open(f'f{n}', 'wb').write(bytes(8 << 20))"),
+        ("large file",           "error kept = OSError",
+         "f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))"),
+        ("inodes",               "error kept = OSError",
+         "for i in range(10 ** 6): open(f'f{i}', 'w').close()"),
+        ("shared memory",        "error|crashed any",
+         "from multiprocessing.shared_memory import SharedMemory\n"
+         "s = SharedMemory('a', True, 64 << 20)\ns.buf[::4096] = bytes(16384)"),
         ("fork bomb",            "error|killed|timeout any", "import os\nwhile True: os.fork()"),
-        ("fork bomb by shell",   "ok|error|killed|timeout any", "import subprocess; subprocess.run(['sh', '-c', ':() { : | : & }; :'])"),
+        ("fork bomb by shell",   "ok|error|killed|timeout any",
+         "import subprocess; subprocess.run(['sh', '-c', ':() { : | : & }; :'])"),
         ("setrlimit",            "error kept", "import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))"),
-        ("setrlimit nproc",      "error kept", "import resource as r; r.setrlimit(r.RLIMIT_NPROC, (10 ** 6, 10 ** 6))"),
+        ("setrlimit nproc",      "error kept",
+         "import resource as r; r.setrlimit(r.RLIMIT_NPROC, (10 ** 6, 10 ** 6))"),
     ],
     "output": [
         ("10 MB",                "ok kept = cut", "print('x' * 10_000_000)"),
@@ -122,54 +155,76 @@ TABLE = {
         ("binary",               "ok kept", "import os; os.write(1, bytes(range(256)))"),
         ("surrogate",            "ok kept = ud800", r"print('\ud800')"),
         ("ANSI",                 "ok kept = [2J", r"print('\x1b[2J\x1b]0;title\x07')"),
-        ("order",                "ok kept = 1\n2\n3\n4\n", "import sys, subprocess\nprint(1); print(2, file=sys.stderr); subprocess.run(['echo', '3']); print(4)"),
+        ("order",                "ok kept = 1\n2\n3\n4\n",
+         "import sys, subprocess\nprint(1); print(2, file=sys.stderr); subprocess.run(['echo', '3']); "
+         "print(4)"),
         ("C printf",             "ok kept = from C", LIBC + "n = libc.printf(b'from C\\n')"),
         ("closed",               "ok kept", "import sys; sys.stdout.close()"),
         ("closed, then print",   "error kept = ValueError", "import sys; sys.stdout.close(); print(1)"),
         ("descriptor closed",    "ok kept", "import os; os.close(1); os.close(2)"),
-        ("replaced",             "ok kept ~ hidden", "import sys, io; sys.stdout = io.StringIO(); print('hidden')"),
+        ("replaced",             "ok kept ~ hidden",
+         "import sys, io; sys.stdout = io.StringIO(); print('hidden')"),
         ("removed",              "ok kept", "import sys; sys.stdout = sys.stderr = None; print(1)"),
         ("truncated",            "ok kept", "import os; print('a'); os.ftruncate(1, 0); os.lseek(1, 0, 0)"),
         ("sparse",               "ok kept = cut", "import os; os.ftruncate(1, 15 << 20)"),
         ("long value",           "ok kept = cut", "'a' * 10 ** 7"),
-        ("hostile str value",    "ok|error kept", "class S(str):\n def __len__(self): return 0\n def __getitem__(self, i): return self\n"
+        ("hostile str value",    "ok|error kept",
+         "class S(str):\n def __len__(self): return 0\n def __getitem__(self, i): return self\n"
                                  "class R:\n def __repr__(self): return S('b' * 10 ** 7)\nR()"),
-        ("mapped output",        "ok|error kept", "import mmap, os; os.ftruncate(1, 4096); m = mmap.mmap(1, 4096); m[:2] = b'hi'"),
+        ("mapped output",        "ok|error kept",
+         "import mmap, os; os.ftruncate(1, 4096); m = mmap.mmap(1, 4096); m[:2] = b'hi'"),
     ],
     "attacks on the protocol": [
         ("garbage",              "crashed back = protocol", WIRE + "raw(b'hello')"),
-        ("oversized",            "crashed back = protocol", WIRE + "os.write(w, b'\\xff' * 4); time.sleep(60)"),
+        ("oversized",            "crashed back = protocol",
+         WIRE + "os.write(w, b'\\xff' * 4); time.sleep(60)"),
         ("deep",                 "crashed back = protocol", WIRE + "raw(b'[' * 100_000)"),
         ("not an object",        "crashed back = protocol", WIRE + "raw(b'[1]')"),
         ("null",                 "crashed back = protocol", WIRE + "raw(b'null')"),
-        ("huge integer",         "crashed back = protocol", WIRE + "raw(b'{\"keeper\": ' + b'9' * 10_000 + b'}')"),
+        ("huge integer",         "crashed back = protocol",
+         WIRE + "raw(b'{\"keeper\": ' + b'9' * 10_000 + b'}')"),
         ("not UTF-8",            "crashed back = protocol", WIRE + "raw(b'{\"answer\": \"\\xff\\xfe\"}')"),
         ("unknown kind",         "crashed back = protocol", WIRE + "send({'verdict': 'right'})"),
         ("wrong type",           "crashed back = protocol", WIRE + "send({'answer': 5})"),
         ("one key too many",     "crashed back = protocol", WIRE + "send({'answer': 'a', 'reward': 1})"),
         ("forged keeper",        "crashed back = protocol", WIRE + "send({'keeper': 1})"),
         ("forged ready",         "crashed back = protocol", WIRE + "send({'ready': True})"),
-        ("forged reply",         "crashed back = protocol", WIRE + "send({'reply': 1, 'value': 1, 'error': None})"),
+        ("forged reply",         "crashed back = protocol",
+         WIRE + "send({'reply': 1, 'value': 1, 'error': None})"),
         ("forged ok",            "ok any", WIRE + "send({'end': 'ok', 'value': None, 'error': None}); 1 / 0"),
-        ("forged ok, then loop", "ok any", WIRE + "send({'end': 'ok', 'value': None, 'error': None})\nwhile True: pass"),
-        ("forged long value",    "ok any = cut", WIRE + "send({'end': 'ok', 'value': 'v' * 10 ** 6, 'error': None}); time.sleep(60)"),
-        ("forged status",        "error any", WIRE + "send({'end': 'timeout', 'value': None, 'error': None}); time.sleep(60)"),
+        ("forged ok, then loop", "ok any",
+         WIRE + "send({'end': 'ok', 'value': None, 'error': None})\nwhile True: pass"),
+        ("forged long value",    "ok any = cut",
+         WIRE + "send({'end': 'ok', 'value': 'v' * 10 ** 6, 'error': None}); time.sleep(60)"),
+        ("forged status",        "error any",
+         WIRE + "send({'end': 'timeout', 'value': None, 'error': None}); time.sleep(60)"),
         ("half a frame",         "crashed back", WIRE + "os.write(w, b'\\0\\0\\1\\0{'); os._exit(0)"),
-        ("half a frame, waits",  "timeout|killed|crashed any", WIRE + "os.write(w, b'\\0\\0\\1\\0{'); time.sleep(60)"),
+        ("half a frame, waits",  "timeout|killed|crashed any",
+         WIRE + "os.write(w, b'\\0\\0\\1\\0{'); time.sleep(60)"),
         ("descriptors closed",   "crashed back", "import os; os.closerange(3, 256)"),
         ("wire shut down",       "crashed lost", WIRE + "socket.socket(fileno=os.dup(w)).shutdown(2)"),
         ("wire not blocking",    "ok kept", WIRE + "os.set_blocking(w, False)"),
         ("wire read by code",    "timeout kept", WIRE + "os.read(w, 100)"),
-        ("patched builtins",     "crashed back", "import builtins\nfor n in ('len', 'isinstance', 'bytes', 'str', 'open', 'int'): setattr(builtins, n, None)"),
-        ("patched json",         "ok kept", "import json, json.encoder, json.decoder; json.dumps = json.loads = None"),
-        ("patched os",           "ok kept", "import os\nfor n in dir(os):\n if n[0] != '_' and callable(getattr(os, n)) and n not in ('fspath', 'PathLike'): setattr(os, n, None)"),
-        ("patched socket",       "crashed|ok any", "import socket; socket.socket.sendall = socket.socket.recv = None"),
+        ("patched builtins",     "crashed back",
+         "import builtins\n"
+         "for n in ('len', 'isinstance', 'bytes', 'str', 'open', 'int'): setattr(builtins, n, None)"),
+        ("patched json",         "ok kept",
+         "import json, json.encoder, json.decoder; json.dumps = json.loads = None"),
+        ("patched os",           "ok kept",
+         "import os\nfor n in dir(os):\n "
+         "if n[0] != '_' and callable(getattr(os, n)) and n != 'PathLike': setattr(os, n, None)"),
+        ("patched socket",       "crashed|ok any",
+         "import socket; socket.socket.sendall = socket.socket.recv = None"),
         ("modules cleared",      "ok|error|crashed any", "import sys; sys.modules.clear()"),
         ("namespace cleared",    "ok lost", "globals().clear()"),
-        ("worker found by gc",   "crashed back", "import gc\nfor o in gc.get_objects():\n if type(o).__name__ == 'Worker': o.send = None"),
-        ("frames above",         "crashed|error|ok any", "import sys; sys._getframe(2).f_locals['self'].lock = None"),
-        ("trace",                "ok|error|crashed any", "import sys; sys.settrace(lambda *a: 1 / 0); sys.setprofile(lambda *a: 1 / 0)"),
-        ("fork handlers",        "ok any", "import os\ndef hang():\n while True: pass\nos.register_at_fork(before=hang)"),
+        ("worker found by gc",   "crashed back",
+         "import gc\nfor o in gc.get_objects():\n if type(o).__name__ == 'Worker': o.send = None"),
+        ("frames above",         "crashed|error|ok any",
+         "import sys; sys._getframe(2).f_locals['self'].lock = None"),
+        ("trace",                "ok|error|crashed any",
+         "import sys; sys.settrace(lambda *a: 1 / 0); sys.setprofile(lambda *a: 1 / 0)"),
+        ("fork handlers",        "ok any",
+         "import os\ndef hang():\n while True: pass\nos.register_at_fork(before=hang)"),
         ("flood of answers",     "timeout kept", "while True: final_answer(1)"),
         ("kills process 1",      "ok kept", "import os\nfor s in (9, 15, 2, 19, 1): os.kill(1, s)"),
     ],
@@ -177,34 +232,51 @@ TABLE = {
         ("spinning thread",      "ok kept", SPIN + "threading.Thread(target=spin, daemon=True).start()"),
         ("thread not daemon",    "ok kept", SPIN + "threading.Thread(target=spin).start()"),
         ("forked child",         "ok kept", "import os, time\nif os.fork() == 0: time.sleep(60)"),
-        ("child comes back",     "ok kept = once", "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0); print('once')"),
-        ("daemon",               "ok kept", "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork(): os._exit(0)\n time.sleep(60)"),
-        ("nohup",                "ok kept", "import subprocess; p = subprocess.Popen(['nohup', 'sleep', '60'], start_new_session=True)"),
-        ("stopped child",        "ok kept", "import os, time\npid = os.fork()\nif pid == 0: time.sleep(60)\nos.kill(pid, 19)"),
-        ("child of a crash",     "crashed back", "import os, time\nif os.fork() == 0: time.sleep(60)\nos._exit(1)"),
-        ("zombies",              "ok kept", "import os\nfor i in range(10):\n if os.fork() == 0: os._exit(0)"),
-        ("pool",                 "ok kept = [1, 4]", "import multiprocessing as mp\nclass P(mp.Process): pass\np = mp.get_context('fork').Pool(2)\n"
+        ("child comes back",     "ok kept = once",
+         "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0); print('once')"),
+        ("daemon",               "ok kept",
+         "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork(): os._exit(0)\n time.sleep(60)"),
+        ("nohup",                "ok kept",
+         "import subprocess; p = subprocess.Popen(['nohup', 'sleep', '60'], start_new_session=True)"),
+        ("stopped child",        "ok kept",
+         "import os, time\npid = os.fork()\nif pid == 0: time.sleep(60)\nos.kill(pid, 19)"),
+        ("child of a crash",     "crashed back",
+         "import os, time\nif os.fork() == 0: time.sleep(60)\nos._exit(1)"),
+        ("zombies",              "ok kept",
+         "import os\nfor i in range(10):\n if os.fork() == 0: os._exit(0)"),
+        ("pool",                 "ok kept = [1, 4]",
+         "import multiprocessing as mp\nclass P(mp.Process): pass\np = mp.get_context('fork').Pool(2)\n"
                                  "print(p.map((2).__rpow__, [1, 2]))"),
     ],
     "escapes": [
         ("environment",          "ok kept = []", "import os; [k for k in os.environ if 'SECRET' in k]"),
-        ("/proc of others",      "ok kept = True", "import os; len([p for p in os.listdir('/proc') if p.isdigit()]) <= 3"),
+        ("/proc of others",      "ok kept = True",
+         "import os; len([p for p in os.listdir('/proc') if p.isdigit()]) <= 3"),
         ("environment of 1",     "error kept", "open('/proc/1/environ').read()"),
         ("memory of 1",          "error kept", "open('/proc/1/mem', 'rb')"),
         ("root of 1",            "error kept", "import os; os.listdir('/proc/1/root')"),
-        ("home",                 "ok kept = []", "import glob; glob.glob('/home/*') + glob.glob('/root/.[a-oq-z]*')"),
+        ("home",                 "ok kept = []",
+         "import glob; glob.glob('/home/*') + glob.glob('/root/.[a-oq-z]*')"),
         ("users",                "error kept", "open('/etc/passwd').read()"),
         ("project",              "error kept", f"open({os.path.abspath('executor.py')!r}).read()"),
-        ("answer by gc",         "ok kept = False", f"import gc; s = {SECRET[:8]!r} + {SECRET[8:]!r}\nany(s in str(o)[:10 ** 6] for o in gc.get_objects() "
+        ("answer by gc",         "ok kept = False",
+         f"import gc; s = {SECRET[:8]!r} + {SECRET[8:]!r}\n"
+         f"any(s in str(o)[:10 ** 6] for o in gc.get_objects() "
                                  "if o is not globals())"),
-        ("answer by frames",     "ok kept = False", f"import sys; a, b = {SECRET[:8]!r}, {SECRET[8:]!r}; f = sys._getframe(); found = False\n"
-                                 "while f: found |= a + b in str(f.f_locals) + str(f.f_globals); f = f.f_back\nfound"),
-        ("loopback",             "error kept = Network is down", "import socket; socket.create_connection(('127.0.0.1', PORT), 1)"),
-        ("metadata address",     "error kept", "import urllib.request; urllib.request.urlopen('http://169.254.169.254/', timeout=1)"),
+        ("answer by frames",     "ok kept = False",
+         f"import sys; a, b = {SECRET[:8]!r}, {SECRET[8:]!r}; f = sys._getframe(); found = False\n"
+         "while f: found |= a + b in str(f.f_locals) + str(f.f_globals); f = f.f_back\nfound"),
+        ("loopback",             "error kept = Network is down",
+         "import socket; socket.create_connection(('127.0.0.1', PORT), 1)"),
+        ("metadata address",     "error kept",
+         "import urllib.request; urllib.request.urlopen('http://169.254.169.254/', timeout=1)"),
         ("DNS",                  "error kept", "import socket; socket.getaddrinfo('example.com', 80)"),
-        ("UDP",                  "error kept", "import socket; socket.socket(2, 2).sendto(b'x', ('8.8.8.8', 53))"),
-        ("abstract socket",      "error kept", "import socket; socket.socket(1, 1).connect('\\0/tmp/.X11-unix/X0')"),
-        ("named socket pair",    "error kept", "import socket; a, b = socket.socketpair(1, 2); a.bind('\\0meet')"),
+        ("UDP",                  "error kept",
+         "import socket; socket.socket(2, 2).sendto(b'x', ('8.8.8.8', 53))"),
+        ("abstract socket",      "error kept",
+         "import socket; socket.socket(1, 1).connect('\\0/tmp/.X11-unix/X0')"),
+        ("named socket pair",    "error kept",
+         "import socket; a, b = socket.socketpair(1, 2); a.bind('\\0meet')"),
         ("vsock",                "error kept", "import socket; socket.socket(40, 1)"),
         ("netlink",              "error kept", "import socket; socket.socket(16, 3)"),
         ("raw socket",           "error kept", "import socket; socket.socket(17, 3)"),
@@ -217,29 +289,37 @@ TABLE = {
         ("terminal",             "error kept", "open('/dev/tty')"),
         ("mount",                "ok kept = -1", LIBC + "libc.mount(b't', b'/tmp', b'tmpfs', 0, None)"),
         ("unshare",              "ok kept = -1", LIBC + "libc.unshare(0x10000000)"),
-        ("clone user namespace", "ok kept = -1", LIBC + "libc.syscall({'x86_64': 56, 'aarch64': 220}[os.uname().machine], 0x10000011, 0, 0, 0, 0)"),
+        ("clone user namespace", "ok kept = -1",
+         LIBC + "libc.syscall({'x86_64': 56, 'aarch64': 220}[os.uname().machine], 0x10000011, 0, 0, 0, 0)"),
         ("clone3",               "ok kept = -1", LIBC + "libc.syscall(435, 0, 0)"),
         ("setns",                "ok kept = -1", LIBC + "libc.setns(os.open('/proc/self/ns/user', 0), 0)"),
         ("ptrace",               "ok kept = -1", LIBC + "libc.ptrace(16, os.getppid(), 0, 0)"),
         ("process_vm_readv",     "ok kept = -1", LIBC + "libc.process_vm_readv(os.getppid(), 0, 0, 0, 0, 0)"),
-        ("io_uring",             "ok kept = -1", LIBC + "libc.syscall(425, 8, ctypes.create_string_buffer(256))"),
-        ("bpf",                  "ok kept = -1", LIBC + "libc.syscall({'x86_64': 321, 'aarch64': 280}[os.uname().machine], 0, 0, 0)"),
-        ("keyctl",               "ok kept = -1", LIBC + "libc.syscall({'x86_64': 250, 'aarch64': 219}[os.uname().machine], 0, -3, 1)"),
+        ("io_uring",             "ok kept = -1",
+         LIBC + "libc.syscall(425, 8, ctypes.create_string_buffer(256))"),
+        ("bpf",                  "ok kept = -1",
+         LIBC + "libc.syscall({'x86_64': 321, 'aarch64': 280}[os.uname().machine], 0, 0, 0)"),
+        ("keyctl",               "ok kept = -1",
+         LIBC + "libc.syscall({'x86_64': 250, 'aarch64': 219}[os.uname().machine], 0, -3, 1)"),
         ("x32 numbers",          "ok kept = -1", LIBC + "libc.syscall(0x40000000 + 39)"),
         ("SysV memory",          "ok kept = -1", LIBC + "libc.shmget(0, 4096, 0o1600)"),
         ("setuid",               "error kept", "import os; os.setuid(0)"),
         ("chroot",               "error kept", "import os; os.chroot('/tmp')"),
         ("kernel log",           "ok kept = -1", LIBC + "libc.klogctl(10, 0, 0)"),
-        ("capabilities",         "ok kept = 0000000000000000", "[l for l in open('/proc/self/status') if l.startswith('CapEff')][0]"),
-        ("files of others",      "ok kept = []", "import glob; glob.glob('/tmp/**/witness*', recursive=True) + glob.glob('/dev/shm/*')"),
-        ("processes of others",  "ok kept = []", "import os\ndef there(p):\n try: os.kill(p, 0); return True\n except OSError: return False\n"
-                                 "[p for p in range(2, 3000) if there(p) and p != os.getpid() and not os.path.exists(f'/proc/{p}')]"),
+        ("capabilities",         "ok kept = 0000000000000000",
+         "[l for l in open('/proc/self/status') if l.startswith('CapEff')][0]"),
+        ("files of others",      "ok kept = []",
+         "import glob; glob.glob('/tmp/**/witness*', recursive=True) + glob.glob('/dev/shm/*')"),
+        ("processes of others",  "ok kept = []",
+         "import os\ndef there(p):\n try: os.kill(p, 0); return True\n except OSError: return False\n"
+         "[p for p in range(2, 3000) if there(p) and not os.path.exists(f'/proc/{p}')]"),
     ],
     "tools": [
         ("set",                  "error kept = ToolError", "echo({1})"),
         ("bytes",                "error kept = ToolError", "echo(b'a')"),
         ("cycle",                "error kept = ToolError", "l = []; l.append(l); echo(l)"),
-        ("deep",                 "error kept = ToolError", "l = []\nfor i in range(10 ** 5): l = [l]\necho(l)"),
+        ("deep",                 "error kept = ToolError",
+         "l = []\nfor i in range(10 ** 5): l = [l]\necho(l)"),
         ("NaN",                  "error kept = ToolError", "echo(float('nan'))"),
         ("huge",                 "error kept = ToolError", "echo('a' * (9 << 20))"),
         ("surrogate",            "ok kept = ud800", r"echo('\ud800')"),
@@ -247,7 +327,8 @@ TABLE = {
         ("wrong arguments",      "error kept = TypeError", "echo(1, 2, 3)"),
         ("wrong keyword",        "error kept = TypeError", "echo(self=1)"),
         ("unknown name",         "error kept = NameError", "nothing()"),
-        ("unknown name, forged", "ok kept", WIRE + "send({'call': '__class__', 'id': 99, 'args': [], 'kwargs': {}}); time.sleep(0.05)"),
+        ("unknown name, forged", "ok kept",
+         WIRE + "send({'call': '__class__', 'id': 99, 'args': [], 'kwargs': {}}); time.sleep(0.05)"),
         ("flood",                "error kept = 50 tool calls", "for i in range(1000): echo(i)"),
         ("flood, swallowed",     "timeout kept", "while True:\n try: echo(1)\n except Exception: pass"),
         ("slow tool",            "timeout kept", "slow()"),
@@ -258,13 +339,20 @@ TABLE = {
         ("result not JSON",      "error kept = ToolError", "odd()"),
         ("result huge",          "error kept = ToolError", "large()"),
         ("error caught",         "ok kept = caught", "try: no()\nexcept ToolError: print('caught')"),
-        ("from threads",         "ok kept = 28", "import threading; l = []\nts = [threading.Thread(target=lambda i=i: l.append(echo(i))) for i in range(8)]\n"
+        ("from threads",         "ok kept = 28",
+         "import threading; l = []\n"
+         "ts = [threading.Thread(target=lambda i=i: l.append(echo(i))) for i in range(8)]\n"
                                  "[t.start() for t in ts]; [t.join() for t in ts]; sum(l)"),
-        ("from a child",         "ok kept = main process", "import os, time\nif os.fork() == 0:\n try: echo(1)\n except ToolError as e: print(e)\n os._exit(0)\nos.wait() and None"),
+        ("from a child",         "ok kept = main process",
+         "import os, time\nif os.fork() == 0:\n try: echo(1)\n except ToolError as e: print(e)\n "
+         "os._exit(0)\nos.wait() and None"),
         ("after the answer",     "ok kept = 7", "final_answer(1); echo(7)"),
-        ("outside a step",       "ok kept", "import threading, time\ndef late():\n time.sleep(0.2)\n echo(1)\nthreading.Thread(target=late).start()"),
+        ("outside a step",       "ok kept",
+         "import threading, time\ndef late():\n time.sleep(0.2)\n echo(1)\n"
+         "threading.Thread(target=late).start()"),
         ("answer cannot be str", "error kept", "class S:\n __str__ = lambda self: 1 / 0\nfinal_answer(S())"),
-        ("answer loops",         "timeout kept", "class S:\n def __str__(self):\n  while True: pass\nfinal_answer(S())"),
+        ("answer loops",         "timeout kept",
+         "class S:\n def __str__(self):\n  while True: pass\nfinal_answer(S())"),
         ("answer and crash",     "crashed back", "final_answer(1); import os; os._exit(1)"),
     ],
 }
@@ -279,8 +367,8 @@ def exits():
     raise SystemExit(1)
 
 
-TOOLS = {"echo": lambda value: value, "slow": lambda: time.sleep(2), "no": no, "raises": lambda: {}["a"], "exits": exits,
-         "odd": lambda: object(), "large": lambda: "x" * (9 << 20)}
+TOOLS = {"echo": lambda value: value, "slow": lambda: time.sleep(2), "no": no, "raises": lambda: {}["a"],
+         "exits": exits, "odd": lambda: object(), "large": lambda: "x" * (9 << 20)}
 
 
 @pytest.fixture(scope="module")
@@ -323,8 +411,12 @@ def test_hostile(executor, witness, port, name, expected, code):
         assert len(result.observation()) <= 3 * LIMITS.output_chars + 1000
         after = session.run("[n for n in ('x', 'y') if n in globals()]", ROOMY if state != "any" else 0.5)
         if state == "any" and after.status != "ok":
-            after = session.run("[]", ROOMY)            # it broke its own session for one more step, not for two
+            after = session.run("[]", ROOMY)    # it broke its session for one more step, not for two
         assert after.status == "ok", after
         assert state == "any" or after.value == {"kept": "['x', 'y']", "back": "['x']", "lost": "[]"}[state]
+    until = time.monotonic() + 5.0
+    while len(tree(executor._zygote.pid)) > 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(tree(executor._zygote.pid)) == 3         # the zygote, and supervisor and runner of the witness
     beside = witness.run("import os; (w, os.listdir('/tmp/work'))", ROOMY)
     assert beside.value == "(1, ['witness.txt'])", beside
