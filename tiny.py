@@ -137,8 +137,8 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
-    """Random weights. Not of type qwen2: to that, AutoTokenizer gives Qwen's own way of splitting text whatever
-    the tokenizer's file says, and the model writes nonsense. 384 in the MLP, as NF4 wants multiples of 64."""
+    """Random weights. Not of type qwen2: AutoTokenizer then splits text in Qwen's own way, whatever the
+    tokenizer's file says, and the model writes nonsense. 384 in the MLP, as NF4 wants multiples of 64."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=2,
