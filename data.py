@@ -1,14 +1,15 @@
 """From published agent data to a train.jsonl, and what it shares with the benchmark.
 
     python data.py MAT.json --files mat_files/ --gaia-dir GAIA --remove-overlap --out train.jsonl
-    python data.py train.jsonl --gaia-dir GAIA --remove-overlap --out clean.jsonl    # any training data of ours
+    python data.py train.jsonl --gaia-dir GAIA --remove-overlap --out clean.jsonl      # any training data
 
 Owns `read_mat` (question-answer pairs out of MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap`
 (against GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `run`.
 
-MAT holds tasks with the trajectory of an agent that solved them; Tool-R1 takes only questions and answers, about
-1,300 of them. How the paper chose its 1,300 is not known to us: the filters here are ours, and each counts what it
-drops. Before you publish a GAIA figure: MAT's generator was prompted with questions of GAIA's validation set.
+MAT holds tasks with the trajectory of an agent that solved them; Tool-R1 takes only questions and answers,
+about 1,300 of them. How the paper chose its 1,300 is not known to us: the filters here are ours, and each
+counts what it drops. Before you publish a GAIA figure: MAT's generator was prompted with questions of GAIA's
+validation set.
 """
 import ast
 import json
@@ -26,8 +27,9 @@ from tools import OneLineParser, UserError
 from web import ngrams
 
 VOLATILE = re.compile(
-    r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|real[- ]time|"
-    r"(?:this|last|next) (?:year|month|week|season)|weather|stock price|exchange rate)\b", re.IGNORECASE)
+    r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|"
+    r"real[- ]time|(?:this|last|next) (?:year|month|week|season)|weather|stock price|exchange rate)\b",
+    re.IGNORECASE)
 ATTACHED = re.compile(r"^(?:attachments?|attached files?|files?|images?)\s*:\s*(.+)$", re.I | re.M)
 LONGEST_ANSWER = 60                              # characters: what a rule or a short look can check
 
@@ -98,7 +100,8 @@ def pair_of(record: dict, folder: Path) -> Task:
 
 
 def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
-    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without duplicates."""
+    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without
+    duplicates."""
     text = file.read_text("utf-8")
     try:
         lines = [line for line in text.splitlines() if line.strip()]
@@ -131,7 +134,8 @@ def entities(text: str) -> set[str]:
 
 
 def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
-    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same answer."""
+    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same
+    answer."""
     exam_grams = {gram: e.id for e in exam for gram in ngrams(e.question)}
     known = [(e.id, entities(e.question), clean(e.answer)) for e in exam]
     flagged: dict[str, list[str]] = {}

@@ -5,16 +5,16 @@
     python eval_gaia.py --model Qwen2.5-7B --gaia-dir GAIA --out base
     python eval_gaia.py --compare base eval_out                 # paired: which questions were gained and lost
 
-Owns choosing questions and settings, running them through the very `rollout` that training uses, resuming, and
-what is said about the results. --out holds settings.json, trajectories.jsonl (one line a question and sample),
-results.json, and with --export the leaderboard's submission.jsonl.
+Owns choosing questions and settings, running them through the very `rollout` that training uses, resuming,
+and what is said about the results. --out holds settings.json, trajectories.jsonl (one line a question and
+sample), results.json, and with --export the leaderboard's submission.jsonl.
 
 Read in this order: `evaluate` (the loop), `record_of` and `category_of` (what is noted of one trajectory),
 `summary` (the figures), `compare`, then the settings and the command line.
 
 Rules: the official score decides; heuristic and LLM stand beside it. Denominators are the questions chosen,
-whatever happened to them. What the host broke is retried and never counted as an answer; if it stays broken it is
-missing, and wrong. The test split has no answers here: it is exported, not scored.
+whatever happened to them. What the host broke is retried and never counted as an answer; if it stays broken
+it is missing, and wrong. The test split has no answers here: it is exported, not scored.
 """
 import hashlib
 import json
@@ -55,7 +55,8 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv 2107.03374)."""
+    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv
+    2107.03374)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -129,7 +130,8 @@ class Evaluation:
 
 
 def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
-    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the chunk."""
+    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the
+    chunk."""
     file = run.out / "trajectories.jsonl"
     records = {(r["task_id"], r["sample"]): r for r in read_records(file, cut=True)}
     missing = [(s, t) for s in range(run.samples) for t in run.tasks if (t.id, s) not in records]
@@ -150,7 +152,8 @@ def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
 
 
 def chunks(missing: list[tuple[int, Task]], size: int):
-    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their question."""
+    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their
+    question."""
     waiting = list(missing)
     while waiting:
         sample, taken, questions = waiting[0][0], [], set()
@@ -164,7 +167,8 @@ def chunks(missing: list[tuple[int, Task]], size: int):
 
 
 def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
-    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made alone."""
+    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made
+    alone."""
     run.log.clear()
     groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
     pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
@@ -193,15 +197,17 @@ def right_by(r: dict) -> tuple[bool, bool | None, bool | None]:
 
 
 def share(records: list[dict]) -> dict:
-    """Mean over questions of the share of samples that is right: official with a Wilson interval over questions,
-    heuristic (unsure is wrong), and heuristic with the LLM where that was unsure."""
+    """Mean over questions of the share of samples that is right: official with a Wilson interval over
+    questions, heuristic (unsure is wrong), and heuristic with the LLM where that was unsure."""
     by_task = defaultdict(list)
     for r in records:
         official, heuristic, llm = right_by(r)
-        by_task[r["task_id"]].append((official, bool(heuristic), bool(llm if heuristic is None else heuristic)))
+        judged = llm if heuristic is None else heuristic
+        by_task[r["task_id"]].append((official, bool(heuristic), bool(judged)))
     n = len(by_task)
     means = [fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0 for i in range(3)]
-    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n), "heuristic": means[1], "llm": means[2]}
+    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n),
+            "heuristic": means[1], "llm": means[2]}
 
 
 def agreement(records: list[dict]) -> dict:
@@ -267,7 +273,8 @@ def printed(result: dict, samples: int) -> str:
         *lines, f"agreement ({result['agreement']['unsure']} unsure): "
         + "; ".join(f"{k} {100 * v['agree']:.1f} % of {v['n']}" for k, v in pairs.items()),
         "what became of them: " + ", ".join(f"{k} {v}" for k, v in categories),
-        f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
+        f"no answer: {result['missing']}; mean "
+        + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
 
 
 def compare(base: Path, trained: Path) -> dict:
@@ -290,7 +297,7 @@ def compare(base: Path, trained: Path) -> dict:
     differences = [fmean(b[t]) - fmean(a[t]) for t in sorted(a)]
     return {"n": len(a), "base": fmean(map(fmean, a.values())), "trained": fmean(map(fmean, b.values())),
             "difference": fmean(differences), "bootstrap95": paired_bootstrap(differences),
-            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost))}    # by first samples
+            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost))}    # first samples
 
 
 # ------------------------------------------------------------------------------------- settings, command line
@@ -318,8 +325,8 @@ def hub_copy() -> str:
     try:
         return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {ACCESS} (given at "
-                        "once), then `hf auth login` or HF_TOKEN=...") from error
+        raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {ACCESS} (given "
+                        "at once), then `hf auth login` or HF_TOKEN=...") from error
 
 
 def inherited(ckpt: Path | None) -> dict:
@@ -355,7 +362,7 @@ def settle_out(out: Path, settings: dict) -> None:
 
 
 def parse_args(argv=None):
-    p = OneLineParser(prog="eval_gaia.py", allow_abbrev=False, description="Evaluate on GAIA or an offline set.")
+    p = OneLineParser(prog="eval_gaia.py", allow_abbrev=False, description="Evaluate on GAIA, or offline.")
     p.add_argument("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
     p.add_argument("--model", help="model to evaluate; without --ckpt the base model, untrained")
     p.add_argument("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
@@ -383,7 +390,8 @@ def parse_args(argv=None):
 
 
 def choose_tools(spec: str | None, small: bool, web: Web) -> list[Tool]:
-    """The built-in tools (small: those of the built-in tasks, else the web's), then the user's own files of `spec`."""
+    """The built-in tools (small: those of the built-in tasks, else the web's), then the user's own files of
+    `spec`."""
     own = ",".join(part for part in (spec or "").split(",") if part != "web")
     return (BUILTIN_TOOLS if small else load_tools("web", web)) + load_tools(own, web)
 
@@ -398,22 +406,25 @@ def prepare(args) -> tuple[Evaluation, dict]:
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
     sampling = Sampling(**{**known, "temperature": temperature})
     web, log = open_web(args.cache), []
-    small = args.gaia_dir is None or policy.preset.prompt == "short"    # the built-in model knows no other tools
+    small = args.gaia_dir is None or policy.preset.prompt == "short"    # the tiny model knows no others
     tools = [replace(t, log=log) for t in choose_tools(args.tools or run.get("tools"), small, web)]
     settings = {
-        "model": policy.name, "adapter": file_hash(args.ckpt), "sampling": asdict(sampling), "seed": args.seed,
-        "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
-        "data": args.gaia_dir or run.get("config", {}).get("difficulty", 0), "split": args.split, "judge": [args.judge, args.judge_model],
+        "model": policy.name, "adapter": file_hash(args.ckpt), "seed": args.seed,
+        "sampling": asdict(sampling), "prompt": policy.preset.prompt,
+        "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
+        "data": args.gaia_dir or run.get("config", {}).get("difficulty", 0), "split": args.split,
+        "judge": [args.judge, args.judge_model],
         "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
     judge = Judge(args.judge, args.judge_model, policy, web.cache)
-    return Evaluation(policy, [], tools, log, web, judge, sampling, args.samples, args.seed, args.out), settings
+    evaluation = Evaluation(policy, [], tools, log, web, judge, sampling, args.samples, args.seed, args.out)
+    return evaluation, settings
 
 
 def announce(run: Evaluation, source: str, sandbox: str) -> None:
     """What will be run, before it costs anything."""
     n = len(run.tasks) * run.samples
     if source == "offline":
-        print("No --gaia-dir: this is the offline set of held-out built-in tasks in GAIA's format, NOT GAIA.\n"
+        print("No --gaia-dir: this is the offline set, held-out built-in tasks in GAIA's format. NOT GAIA.\n"
               f"For GAIA: --gaia-dir hub, with access from {ACCESS}")
     else:
         for t, why in preflight(run.web):
@@ -421,8 +432,9 @@ def announce(run: Evaluation, source: str, sandbox: str) -> None:
         turns = run.sampling.max_turns
         print("  web calls: none, the web is replayed" if run.web.cache.mode == "replay" else
               f"  web calls: about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)")
-    print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, sandbox {sandbox}, temperature "
-          f"{run.sampling.temperature}, cache {run.web.cache.mode}, tools {', '.join(t.name for t in run.tools)}")
+    names = ", ".join(t.name for t in run.tools)
+    print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, sandbox {sandbox}, "
+          f"temperature {run.sampling.temperature}, cache {run.web.cache.mode}, tools {names}")
 
 
 def main(argv=None) -> int:
@@ -457,7 +469,7 @@ def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
              "reasoning_trace": "\n".join(s["text"] for s in r["trajectory"]["steps"])}) + "\n"
             for r in records if r["sample"] == 0))
     if any(r["gold"] == HIDDEN for r in records):
-        print(f"this split's answers are hidden: nothing is scored; --export writes {args.out}/submission.jsonl")
+        print(f"this split's answers are hidden, so nothing is scored; --export: {args.out}/submission.jsonl")
         return
     result = {**summary(records, run.samples), "data": source, "cache": run.web.cache.digest(),
               "cache_counts": run.web.cache.counts, "benchmark_pages_dropped": run.web.counts["benchmark"]}

@@ -1,13 +1,15 @@
 """Tools: plain typed functions that the policy's code may call, and the two exceptions everybody shares.
 
-Owns `@tool`, the checks of a definition and of every call, the built-in web and file tools, loading a user's own.
+Owns `@tool`, the checks of a definition and of every call, the built-in web and file tools, loading a user's
+own.
 
-Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools, `load_tools`.
+Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools,
+`load_tools`.
 
-A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes from
-the sandbox is checked against the type hints before the function sees it. The built-in ones return text and never
-raise into a rollout: what goes wrong is returned as `ERROR[kind]: ...`, for the model to read. How they reach the web,
-and what they may not reach, is in web.py.
+A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes
+from the sandbox is checked against the type hints before the function sees it. The built-in ones return text
+and never raise into a rollout: what goes wrong is returned as `ERROR[kind]: ...`, for the model to read. How
+they reach the web, and what they may not reach, is in web.py.
 """
 import argparse
 import base64
@@ -76,7 +78,8 @@ RESERVED = set(dir(builtins)) | set(keyword.kwlist) | {"final_answer"}
 
 
 def fits(value, hint) -> bool:
-    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for neither."""
+    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for
+    neither."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -87,14 +90,16 @@ def fits(value, hint) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)
 
 
 def known(hint) -> bool:
-    """Whether `fits` can check the hint: plain JSON types, list[...], dict[...], unions and Literal of them."""
+    """Whether `fits` can check the hint: plain JSON types, list[...], dict[...], unions and Literal of
+    them."""
     if get_origin(hint) is Literal:
         return all(type(a) in PLAIN for a in get_args(hint))
     if get_origin(hint) in (list, dict, Union, types.UnionType):
@@ -103,7 +108,8 @@ def known(hint) -> bool:
 
 
 def written(hint) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    plain = isinstance(hint, type) and not get_args(hint)
+    return hint.__name__ if plain else str(hint).replace("typing.", "")
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,8 @@ class Tool:
     log: list[Call] | None = None        # where calls are noted, for reports
 
     def bind(self, context: ToolContext) -> Callable:
-        """A function for one trajectory: checks its arguments (ToolError if they do not fit), calls the tool."""
+        """A function for one trajectory: checks its arguments (ToolError if they do not fit), calls the
+        tool."""
         if self.web:
             context.web = self.web
 
@@ -135,11 +142,12 @@ class Tool:
             except Exception as error:
                 if self.web is None:
                     raise    # a user's own tool: its error reaches the model's code
-                return f"ERROR[failed]: {type(error).__name__}"    # no text: it may hold what is none of the model's
+                return f"ERROR[failed]: {type(error).__name__}"    # its text may hold what is not the model's
             finally:
                 if self.log is not None:
                     spent = time.monotonic() - begin
-                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome, here.hits, spent))
+                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome,
+                                         here.hits, spent))
         call.__name__ = self.name
         return call
 
@@ -162,7 +170,7 @@ def tool(function: Callable) -> Tool:
     """
     name = function.__name__
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name) or name in RESERVED:
-        raise UserError(f"tool {name}: its name must be of lower-case letters, digits and _, and none of Python's")
+        raise UserError(f"tool {name}: its name must be lower-case letters, digits and _, and not Python's")
     if not (docstring := inspect.getdoc(function)):
         raise UserError(f"tool {name}: it needs a docstring, which is what the model reads")
     hints, context, visible = typing.get_type_hints(function), None, []
@@ -173,8 +181,8 @@ def tool(function: Callable) -> Tool:
         elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise UserError(f"tool {name}: *{parameter.name} cannot be checked; name every argument")
         elif hint is None or not known(hint):
-            raise UserError(f"tool {name}: argument {parameter.name} needs a type hint made of str, int, float, "
-                            "bool, list, dict, None, Literal")
+            raise UserError(f"tool {name}: argument {parameter.name} needs a type hint made of str, int, "
+                            "float, bool, list, dict, None, Literal")
         elif parameter.default is not parameter.empty and not fits(parameter.default, hint):
             raise UserError(f"tool {name}: the default of {parameter.name} is not of its type")
         else:
@@ -203,7 +211,8 @@ def paged(text: str, page: int, head: str) -> str:
         starts.append(line_end + 1 if line_end > 0 else starts[-1] + PAGE)
     if not 1 <= page <= len(starts):
         raise WebError("no_page", f"there are pages 1 to {len(starts)}")
-    return f"{head} (page {page}/{len(starts)})\n{text[starts[page - 1]:(starts + [len(text)])[page]].strip()}"
+    begin, end = starts[page - 1], [*starts, len(text)][page]
+    return f"{head} (page {page}/{len(starts)})\n{text[begin:end].strip()}"
 
 
 def document(context: ToolContext, body: bytes, suffix: str, sheet: str = "") -> str:
@@ -232,11 +241,13 @@ def page_text(context: ToolContext, url: str) -> tuple[str, str]:
     """(final address, Markdown with absolute links) of a page of the web."""
     address, kind, body = context.web.fetch(url, context.seconds_left())
     text = document(context, body, suffix_of(kind, address, body))
-    return address, re.sub(r"\]\((?!https?:|mailto:|#)([^)\s]+)", lambda m: f"]({urljoin(address, m[1])}", text)
+    relative = r"\]\((?!https?:|mailto:|#)([^)\s]+)"
+    return address, re.sub(relative, lambda m: f"]({urljoin(address, m[1])}", text)
 
 
 def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> bytes:
-    """A file below the working directory; where the sandbox hides that, an attachment or a download by name."""
+    """A file below the working directory; where the sandbox hides that, an attachment or a download by
+    name."""
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise WebError("no_file", "give a path relative to the working directory")
@@ -250,13 +261,13 @@ def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> byte
 
 
 def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
-    """The content of a regular file, reached part by part without following links: the sandboxed code, which can
-    write there, may put a link to a file of the host in the way at any moment."""
+    """The content of a regular file, reached part by part without following links: the sandboxed code, which
+    can write there, may put a link to a file of the host in the way at any moment."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for i, part in enumerate(parts):
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECTORY if i + 1 < len(parts) else 0)
-            inner = os.open(part, flags, dir_fd=handle)
+            kind = os.O_DIRECTORY if i + 1 < len(parts) else 0
+            inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | kind, dir_fd=handle)
             os.close(handle)
             handle = inner
         if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_size > limit:
@@ -344,7 +355,7 @@ def find(context: ToolContext, url: str, text: str) -> str:
 
 @tool
 def wiki(context: ToolContext, title: str, date: str = "", page: int = 1) -> str:
-    """A Wikipedia article ("de:Berlin" for another language); with date="YYYY-MM-DD" as it stood on that day."""
+    """A Wikipedia article ("de:Berlin": another language), as it stood on date="YYYY-MM-DD" if given."""
     language, name = re.fullmatch(r"(?:([a-z]{2,3}):)?(.*)", title, re.DOTALL).groups()
     if date and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
         raise WebError("bad_date", "write the date as YYYY-MM-DD")
@@ -401,8 +412,8 @@ def download(context: ToolContext, url: str) -> str:
 
 @tool
 def read_file(context: ToolContext, path: str, page: int = 1, sheet: str = "") -> str:
-    """Read a file of the working directory as text: txt, csv, json, xml, html, py, pdf, docx, pptx, xlsx (values
-    and fill colours; sheet: one of them), zip (what is in it)."""
+    """Read a file of the working directory as text: txt, csv, json, xml, html, py, pdf, docx, pptx, xlsx
+    (values and fill colours; sheet: one of them), zip (what is in it)."""
     body, suffix = file_bytes(context, path), PurePosixPath(path).suffix.lower()
     return paged(document(context, body, suffix, sheet), page, path)
 
@@ -414,8 +425,9 @@ def ask_image(context: ToolContext, path: str, question: str) -> str:
     data = f"data:{mimetypes.guess_type(path)[0] or 'image/png'};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": data}}]
     arguments = {"image": hashlib.sha256(body).hexdigest(), "question": question}
-    return context.web.cache.answer("ask_image", arguments, backend_of(context, "ask_image", model), lambda: chat(
-        os.environ["VISION_URL"], model, [{"role": "user", "content": content}], os.environ.get("VISION_API_KEY", "")))
+    key, messages = os.environ.get("VISION_API_KEY", ""), [{"role": "user", "content": content}]
+    return context.web.cache.answer("ask_image", arguments, backend_of(context, "ask_image", model),
+                                    lambda: chat(os.environ["VISION_URL"], model, messages, key))
 
 
 @tool
@@ -438,8 +450,9 @@ def backend_of(context: ToolContext, name: str, model: str) -> str:
 # -------------------------------------------------------------------------------------- which tools a run has
 READERS = ["markitdown", "pypdf", "openpyxl"]
 NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variables of the environment
-    (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []), (archive, READERS, []),
-    (download, [], []), (read_file, READERS, []), (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
+    (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []),
+    (archive, READERS, []), (download, [], []), (read_file, READERS, []),
+    (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
     (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
 
 
@@ -472,7 +485,7 @@ def prompt_text(tools: list[Tool]) -> str:
 
 
 def load_tools(spec: str | None, web: Web | None = None) -> list[Tool]:
-    """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; commas between several.
+    """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; commas between.
 
     [] without a spec. UserError for a file that cannot be used and for two tools of one name.
     """

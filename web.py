@@ -1,12 +1,14 @@
-"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on this.
+"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on
+this.
 
-Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how much),
-`holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text` (documents).
+Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how
+much), `holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text`
+(documents).
 
 Read in this order: `WebError`, `Cache.answer`, `Web.get` with `guarded`, `to_text`.
 
-What the guard does not cover: what a public page says to the model, and search engines that see the query. Proxies of
-the environment are not used for pages, because the guard could not see the address behind them.
+What the guard does not cover: what a public page says to the model, and search engines that see the query.
+Proxies of the environment are not used for pages, because the guard could not see the address behind them.
 """
 import base64
 import hashlib
@@ -34,13 +36,14 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 
-VERSION = "1"                            # of what is stored: raise it when the same request would be answered anew
+VERSION = "1"                            # of what is stored: raise it when old answers no longer serve
 MAX_BYTES = 20 * 2**20                   # of a page, a file, an answer; counted after decompression
 AGENT = "Mozilla/5.0 (compatible; tool-r1 research agent)"
 
 
 class WebError(Exception):
-    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow, too."""
+    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow,
+    too."""
 
     def __init__(self, kind: str, text: str, keep: bool = False):
         super().__init__(f"ERROR[{kind}]: {text}")
@@ -51,8 +54,8 @@ class WebError(Exception):
 class Cache:
     """Answers of the web and of models, by tool, arguments, back end and version. Keys never enter it.
 
-    mode "live": nothing outlives the process; "record": kept in the SQLite file `path`; "replay": only what is
-    kept there, all else is WebError("cache_miss"). Thread-safe; equal requests at the same time are made once.
+    mode "live": nothing outlives the process; "record": kept in the SQLite file `path`; "replay": only what
+    is kept there, all else is WebError("cache_miss"). Thread-safe; equal requests at one time are made once.
     """
 
     def __init__(self, path: str | None = None, mode: str = "live"):
@@ -60,11 +63,13 @@ class Cache:
         self.lock, self.flights = threading.Lock(), {}
         self.here = threading.local()    # .hits: those of this thread's tool call, which tools.py reads
         self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
-        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
         self.db.commit()
 
     def answer(self, tool: str, arguments: dict, backend: str, make: Callable):
-        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept too."""
+        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept
+        too."""
         request = json.dumps([tool, arguments, backend, VERSION], sort_keys=True)
         key = hashlib.sha256(request.encode()).hexdigest()
         with self.lock:
@@ -73,7 +78,7 @@ class Cache:
             if row is None and flight is None:
                 if self.mode == "replay":
                     self.counts["misses"] += 1
-                    raise WebError("cache_miss", "this was not recorded, and the web is closed; try another way")
+                    raise WebError("cache_miss", "this was not recorded, and the web is closed")
                 flight, mine = self.flights.setdefault(key, Future()), True
             self.counts["made" if mine else "hits"] += 1
             self.here.hits = getattr(self.here, "hits", 0) + (not mine)
@@ -128,23 +133,25 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------- what may be reached
-NEVER = [ipaddress.ip_network(n) for n in (    # metadata of two clouds; IPv6 in which an IPv4 address can hide
+NEVER = [ipaddress.ip_network(n) for n in (    # metadata of two clouds; IPv6 in which an IPv4 can hide
     "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "64:ff9b::/32", "2001::/32")]
-BENCHMARKS = re.compile(r"gaia[-_]?benchmark|(?:huggingface\.co|hf-mirror\.com)/datasets|/gaia[^/]*validation", re.I)
+BENCHMARKS = re.compile(
+    r"gaia[-_]?benchmark|(?:huggingface\.co|hf-mirror\.com)/datasets|/gaia[^/]*validation", re.IGNORECASE)
 
 
 def check_address(address: str, allow_loopback: bool = False):
     """WebError unless the address is a public one (or this machine's own, where that is opened for tests)."""
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    public = ip.is_global and not ip.is_multicast and not any(ip in n for n in NEVER if n.version == ip.version)
-    if not (public or allow_loopback and ip.is_loopback):
+    never = ip.is_multicast or any(ip in n for n in NEVER if n.version == ip.version)
+    if not (ip.is_global and not never or allow_loopback and ip.is_loopback):
         raise WebError("blocked", "this address is private or reserved; only public sites can be reached")
 
 
 def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> type:
-    """A connection class that checks every address of a name, then the one it has reached, before a byte is sent:
-    a second DNS answer that differs from the first is no way in. It is cut at `deadline` (time.monotonic)."""
+    """A connection class that checks every address of a name, then the one it has reached, before a byte is
+    sent: a second DNS answer that differs from the first is no way in. It is cut at `deadline`
+    (time.monotonic)."""
     class Guarded(base):
         def _new_conn(self):
             try:
@@ -159,7 +166,7 @@ def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> ty
             except WebError:
                 sock.close()
                 raise
-            # A drip of bytes outlives every read timeout. TLS takes the socket over, so the timer holds a copy.
+            # A drip of bytes outlives every read timeout. TLS takes the socket over: the timer has a copy.
             copy = socket.socket(fileno=os.dup(sock.fileno()))
             timer = threading.Timer(max(deadline - time.monotonic(), 0.1), cut, [copy])
             timer.daemon = True
@@ -220,7 +227,8 @@ class Web:
     counts: Counter = field(default_factory=Counter)
 
     def fetch(self, url: str, seconds: float = math.inf) -> tuple[str, str, bytes]:
-        """(final address, content type, body) of a public page, recorded or fetched; WebError if it is not to be had."""
+        """(final address, content type, body) of a public page, recorded or fetched; WebError if it is not to
+        be had."""
         self.not_the_benchmark(url)
         url, kind, body = self.cache.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
         return url, kind, base64.b64decode(body)
@@ -244,13 +252,15 @@ class Web:
                 session.trust_env = False
                 session.mount(f"{parts.scheme}://", PublicOnly(self.allow_loopback, deadline))
                 try:
-                    response = session.get(url, headers={"User-Agent": AGENT}, stream=True, allow_redirects=False,
-                                           timeout=max(deadline - time.monotonic(), 0.1))
+                    response = session.get(
+                        url, stream=True, allow_redirects=False, headers={"User-Agent": AGENT},
+                        timeout=max(deadline - time.monotonic(), 0.1))
                     if not response.is_redirect:
                         return self.answered(url, response, deadline)
                 except (requests.RequestException, ValueError) as error:
                     late = time.monotonic() >= deadline or isinstance(error, requests.Timeout)
-                    raise WebError("timeout" if late else "network", f"{parts.hostname} cannot be read") from error
+                    kind = "timeout" if late else "network"
+                    raise WebError(kind, f"{parts.hostname} cannot be read") from error
             url = urljoin(url, response.headers["location"])
             self.not_the_benchmark(url)
         raise WebError("network", "too many redirects", keep=True)
@@ -263,7 +273,8 @@ class Web:
         return [url, kind, base64.b64encode(body_of(response, deadline)).decode()]
 
     def ask(self, tool: str, arguments: dict, backend: str, url: str, pick: Callable, **request):
-        """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in `request` only."""
+        """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in
+        `request` only."""
         return self.cache.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
 
 
@@ -288,7 +299,8 @@ def call(url: str, seconds: float, tries: int = 3, **request):
     raise WebError(kind, f"{urlsplit(url).hostname} did not answer as it should")
 
 
-def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0, tokens: int = 512) -> str:
+def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0,
+         tokens: int = 512) -> str:
     """The reply of an OpenAI-compatible server; `url` is what its documentation calls the base URL."""
     answer = call(f"{url.rstrip('/')}/chat/completions", seconds, tries=4, headers=bearer(key),
                   json={"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
@@ -319,18 +331,18 @@ def holds_benchmark(text: str, question: str) -> bool:
 def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) -> str:
     """A document as Markdown, or the text it is. suffix: ".pdf", ".html"... WebError if it cannot be read.
 
-    Parsed in a process of its own without keys in its environment: a hostile file may want all the memory and time.
+    Parsed in a process of its own, without keys in its environment: a hostile file may want all there is.
     """
     if suffix not in PARSERS:
         return decode(body)
     try:
-        done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet], input=body, capture_output=True,
-                              timeout=seconds, preexec_fn=limit_memory, env={})
+        done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet], input=body, env={},
+                              capture_output=True, timeout=seconds, preexec_fn=limit_memory)
     except subprocess.TimeoutExpired:
         raise WebError("timeout", f"the {suffix} file takes too long to read") from None
     if done.returncode:
-        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["it needs too much memory"])[-1]
-        raise WebError("unreadable", f"the {suffix} file cannot be read: {reason[:200]}", keep=True)
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it needs too much memory"]
+        raise WebError("unreadable", f"the {suffix} file cannot be read: {said[-1][:200]}", keep=True)
     return done.stdout.decode()
 
 
@@ -365,7 +377,8 @@ def read_markdown(suffix: str) -> Callable:
 
 
 def read_xlsx(body: bytes, sheet: str) -> str:
-    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is kept."""
+    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is
+    kept."""
     from openpyxl import load_workbook
     values, formulas = (load_workbook(io.BytesIO(body), data_only=flag) for flag in (True, False))
     if sheet and sheet not in values.sheetnames:

@@ -622,7 +622,7 @@ def test_record_then_replay_without_the_web_and_without_keys(site, tmp_path, mon
     replayed, replay, _ = answers("replay")
     assert replayed == recorded and len(site.seen) == before and replay.cache.digest() == made.cache.digest()
     missed = replace(visit, web=replay).bind(ToolContext())(site.url + "/long")
-    assert missed == "ERROR[cache_miss]: this was not recorded, and the web is closed; try another way"
+    assert missed == "ERROR[cache_miss]: this was not recorded, and the web is closed"
     assert replay.cache.counts["misses"] == 1 and len(site.seen) == before
     assert b"the-secret-key" not in Path(file).read_bytes()
 
