@@ -19,7 +19,7 @@ but the runner is killed, and the runner is stopped, threads included, until the
   only /usr and the interpreter with its packages are visible, read-only; a private tmpfs per session (/tmp,
   /dev/shm); no sockets (seccomp: no loopback, vsock, netlink, abstract names); no ptrace, mount, unshare,
   io_uring, bpf, keyctl, memfd, SysV memory (seccomp); limits on memory, processes, open files, disk, output.
-  It does not cover bugs of the kernel, side channels, kernel buffers (pipes), or what steps take of the cores.
+  It does not cover bugs of the kernel, side channels, kernel buffers (pipes), or the use of the cores.
 `none` covers: an empty environment, the limits, the same seccomp filter, no capabilities, no access to the
   trainer's memory, and the killing of what a step leaves. It does not cover files: code reads and writes what
   the trainer's uid may, files with expected answers too; it sees and may signal other processes.
@@ -299,7 +299,7 @@ class Session(AbstractContextManager):
             self._poll.register(self._ctl, select.POLLIN)
             self._poll.register(self._wire, select.POLLIN)
             news = self._news()
-        except OSError as error:
+        except (OSError, SandboxError) as error:
             news = {"failed": str(error)}
         finally:
             for fd in attachments:
@@ -527,8 +527,8 @@ REFUSED = """socket 41 198, connect 42 203, bind 49 200, listen 50 201, ptrace 1
     userfaultfd 323 282, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41,
     chroot 161 51, name_to_handle_at 303 264, open_by_handle_at 304 265, add_key 248 217, request_key 249 218,
     keyctl 250 219, init_module 175 105, finit_module 313 273, kexec_load 246 104, personality 135 92,
-    memfd_create 319 279, shmget 29 194, semget 64 190,
-    msgget 68 186, mq_open 240 180, fanotify_init 300 262"""
+    memfd_create 319 279, shmget 29 194, semget 64 190, msgget 68 186,
+    mq_open 240 180, fanotify_init 300 262"""
 # From 424 on all numbers agree. Let through: pidfd_send_signal, pidfd_open, close_range, openat2, faccessat2,
 # epoll_pwait2, futex_waitv. The rest (io_uring, clone3, new mounts, memfd_secret, ...) "does not exist".
 HARMLESS = (424, 434, 436, 437, 439, 441, 449)
@@ -546,9 +546,9 @@ def launch(uid: int, paths: list[str], command: list[str]) -> None:
     sources = [os.open(path, os.O_PATH) for path in paths]
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"mode=755"), "mount /tmp")
     for number, (path, source) in enumerate(zip(paths, sources)):
-        os.mkdir(f"/tmp/{number}") if os.path.isdir(path) else Path(f"/tmp/{number}").touch()
-        origin, target = b"/proc/self/fd/%d" % source, b"/tmp/%d" % number
-        check(libc.mount(origin, target, None, BIND | REC, None), f"bind {path}")
+        origin, target = f"/proc/self/fd/{source}", f"/tmp/{number}"
+        os.mkdir(target) if os.path.isdir(origin) else Path(target).touch()
+        check(libc.mount(origin.encode(), target.encode(), None, BIND | REC, None), f"bind {path}")
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
