@@ -57,7 +57,7 @@ class Preset:
 
 TINY = Preset(prompt="short", max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64,
               groups=12, steps=50, lr=1e-3, schedule="cosine", minibatches=3, token_budget=2048,
-              eval_every=10, eval_tasks=56)
+              eval_every=25, eval_tasks=52)
 
 
 def preset_for(parameters: int) -> Preset:

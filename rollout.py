@@ -212,7 +212,7 @@ class Episode:
         if self.steps[-1].code is None or self.stop_reason:
             return None
         if self.session is None:
-            context = ToolContext(question=self.task.question)
+            context = ToolContext(question=self.task.question, files=self.task.files)
             bound = {tool.name: tool.bind(context) for tool in self.tools}
             self.session = self.executor.session(tools=bound, files=self.task.files)
             context.workdir, context.seconds_left = self.session.workdir, self.session.seconds_left

@@ -175,6 +175,30 @@ def test_twenty_kills(tmp_path):
     print(f"{kills} kills, a run takes {length:.0f} s")
 
 
+# ------------------------------------------------------------------------------------------------ several processes
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path, capsys):
+    """Queue off, one optimiser step: the same tasks and streams, shared by two ranks, give the same adapter."""
+    arguments = ["--steps", "1", "--replay-share", "0", "--resample", "0", "--minibatches", "1", *SMALL, "--groups", "4"]
+    assert run("--out", tmp_path / "one", *arguments) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run([*torchrun, str(ROOT / "train.py"), "--out", str(tmp_path / "two"), *arguments],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name in one:         # Adam's first step is +-lr / 8 whatever the gradient's size: rounding turns a few signs
+        far = (one[name] - two[name]).abs() > 1e-6
+        assert far.float().mean() < 0.02, name
+    a, b = (lines(tmp_path / name / "metrics.jsonl")[-1] for name in ("one", "two"))
+    for key in ("reward", "accuracy", "exec_rate", "loss", "entropy", "online_trajectories", "heldout_greedy"):
+        assert a[key] == pytest.approx(b[key], abs=1e-3), key
+    assert "2 processes" in fails(capsys, "--out", tmp_path / "two", "--resume")
+    resumed = subprocess.run([*torchrun, str(ROOT / "train.py"), "--out", str(tmp_path / "two"), "--resume", "--steps",
+                              "2"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert [row["step"] for row in lines(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2]
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 def fails(capsys, *arguments) -> str:
     assert run(*arguments) == 2
