@@ -36,15 +36,15 @@ from typing import get_args
 
 import torch
 import torch.distributed as dist
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import queue
 from executor import Executor
+from policy import Policy, load_policy, plan_memory, save_adapter    # before peft: it quiets peft's import
 from grpo import GRPOConfig, group_advantages, make_optimizer, update as grpo_update, warnings_for, world
-from policy import Policy, load_policy, plan_memory, save_adapter
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from reward import Judge, Reward, compute_rewards
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, read_jsonl
@@ -494,7 +494,7 @@ def report(run: Run):
         run.say(f"{cells[0]:24s} {cells[1]:>4s}   {cells[2]:>6s} -> {cells[3]:<6s} {cells[4]:>7s} -> {cells[5]:<6s} "
                 f"{cells[6]:>6s} -> {cells[7]:<6s}")
     run.say(f"{run.step} steps, {run.online} trajectories sampled, {run.elapsed() / 60:.1f} minutes of wall time, "
-            f"{cpu_seconds(run):.0f} CPU-seconds with the sandbox's")
+            f"{cpu_seconds(run):.0f} CPU-seconds of the trainer, the sandbox apart")
     run.say(f"adapter {run.out}/  best {run.out}/best/  metrics {run.out}/metrics.jsonl  "
             f"trajectories {run.out}/trajectories.jsonl\nevaluate it: python eval_gaia.py --ckpt {run.out}")
 
