@@ -146,7 +146,7 @@ def test_ctrl_c_ends_at_once_with_a_way_on(tmp_path):
         time.sleep(0.05)
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == 130 and f"--resume --out {out}" in errors and "Traceback" not in errors
     assert train.latest_state(out)
 
