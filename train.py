@@ -568,8 +568,11 @@ def log_size(path: Path) -> int:
 
 def publish(weights: Path, folder: Path):
     """Replace the adapter's weights in `folder` by `weights`, in one step."""
-    shutil.copyfile(weights, folder / "adapter.partial")
-    os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
+    try:
+        shutil.copyfile(weights, folder / "adapter.partial")
+        os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error}); the checkpoint is whole: make room, then --resume") from error
 
 
 def keep_best(run: Run):
