@@ -241,7 +241,7 @@ def summary(records: list[dict], samples: int) -> dict:
         **share(records), "levels": tables["level"], "attachments": tables["attachment"],
         "text_only": share([r for r in records if r["attachment"] == "none"]),
         "agreement": agreement(records), "llm_asked": sum(r["llm"] is not None for r in records),
-        "missing": sum(r["answer"] is None for r in records),
+        "missing": sum(r["answer"] is None or r["category"] == "infrastructure" for r in records),
         "categories": Counter(r["category"] for r in records),
         "mean": {k: fmean(r[k] for r in records)
                  for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
