@@ -378,6 +378,12 @@ def step_metrics(run: Run, groups, fresh, replayed, stats, clock: Clock) -> dict
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
 
 
+def every(n: int, tasks: list[Task]) -> list[Task]:
+    """Of each family the first task and every n-th after it."""
+    families = dict.fromkeys(task.family for task in tasks)
+    return [task for family in families for task in [t for t in tasks if t.family == family][::n]]
+
+
 def evaluate(run: Run, full: bool) -> dict:
     """Held-out accuracy: greedy, sampled at temperature 1, and (full) pass@8, per family. Core and hard apart.
 
@@ -385,11 +391,8 @@ def evaluate(run: Run, full: bool) -> dict:
     pass@8 is of every eighth.
     """
     start = time.perf_counter()
-    quick = [t for family in dict.fromkeys(t.family for t in run.heldout)
-             for t in [t for t in run.heldout if t.family == family][::4]]
+    quick, some8 = every(4, run.heldout), every(8, run.heldout)
     tasks = run.heldout if full else quick
-    some8 = [t for family in dict.fromkeys(t.family for t in quick)
-             for t in [t for t in quick if t.family == family][::2]]
     plans = [("greedy", tasks, 0.0, 1), ("sampled", tasks, 1.0, 1)] + [("pass@8", some8, 1.0, 8)] * full
     families: dict[str, dict] = {}
     right: dict[str, dict[str, float]] = {}
@@ -469,7 +472,7 @@ def write_trajectories(run: Run, groups: list[Group]):
     """Every trajectory as a line of JSON; now and then one whole, as text."""
     rows = [{"step": run.step, "task": g.task.id, "question": g.task.question, "expected": g.task.answer,
              "reward": asdict(r), "advantage": g.advantages[i] if g.advantages else None,
-             **{k: v for k, v in t.to_dict().items() if k not in ("ids", "mask", "logps")}}
+             **{k: v for k, v in t.to_dict().items() if k not in PER_TOKEN}}
             for g in groups for i, (t, r) in enumerate(zip(g.trajectories, g.rewards))]
     for part in everyone(run, rows):
         if run.main:
@@ -506,6 +509,7 @@ def cpu_seconds(run: Run) -> float:
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 PROGRESS = ("step", "position", "online", "best", "before", "pending")
+PER_TOKEN = ("ids", "mask", "logps")                 # of a trajectory: stored as tensors, left out of the text
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 
 
@@ -590,7 +594,7 @@ def pack_queue(sample_queue: SampleQueue) -> tuple[dict, dict]:
         batch = entry.group.batch()
         for key, kind in (("ids", torch.int32), ("mask", torch.uint8), ("logps", torch.float64)):
             tensors[f"{i}.{key}"] = torch.tensor([x for t, _ in batch for x in getattr(t, key)], dtype=kind)
-        light = [{k: v for k, v in t.to_dict().items() if k not in ("ids", "mask", "logps")} for t, _ in batch]
+        light = [{k: v for k, v in t.to_dict().items() if k not in PER_TOKEN} for t, _ in batch]
         entries.append({"task": entry.group.task.id, "trajectories": light, "advantages": [a for _, a in batch],
                         "lengths": [len(t.ids) for t, _ in batch],
                         **{k: getattr(entry, k) for k in ("spread", "step", "order", "uses")}})
@@ -601,7 +605,7 @@ def unpack_queue(tensors: dict, packed: dict) -> dict:
     """The inverse of pack_queue. A replayed group needs no answers and no rewards any more: they are not kept."""
     entries = []
     for i, e in enumerate(packed["entries"]):
-        columns = {k: tensors[f"{i}.{k}"].split(e["lengths"]) for k in ("ids", "mask", "logps")}
+        columns = {k: tensors[f"{i}.{k}"].split(e["lengths"]) for k in PER_TOKEN}
         trajectories = [Trajectory.from_dict(light | {k: columns[k][j].tolist() for k in columns})
                         for j, light in enumerate(e["trajectories"])]
         group = Group(Task(e["task"], "", ""), trajectories, e["step"], [], e["advantages"])
@@ -678,13 +682,12 @@ def make_room(out: Path):
     (out / "best").mkdir(parents=True)
 
 
-def read_tasks(cfg: Config) -> tuple[list[Task], list[Task]]:
-    """(training, held-out) tasks. Of --data a tenth, at most eval_tasks, is held out, chosen by a fixed shuffle."""
-    if cfg.data is None:
+def split_tasks(cfg: Config, tasks: list[Task] | None) -> tuple[list[Task], list[Task]]:
+    """(training, held-out) tasks, of --data if given, else built-in ones. Of --data a tenth, at most eval_tasks, is held out, chosen by a fixed shuffle."""
+    if tasks is None:
         heldout = [t for family in CORE + HARD
                    for t in builtin_tasks("heldout", cfg.eval_tasks, 0, (family,), cfg.difficulty)]
         return builtin_tasks("train", 3000, cfg.seed, CORE + HARD, cfg.difficulty), heldout
-    tasks = read_jsonl(Path(cfg.data))
     random.Random("held out").shuffle(tasks)
     n = min(cfg.eval_tasks, len(tasks) // 10 or 1)
     if len(tasks) < 2:
@@ -716,8 +719,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         raise UserError("--loss is dapo, grpo or dr_grpo; --schedule is constant or cosine")
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if cfg.data:
-        read_jsonl(Path(cfg.data))                            # bad data is said before the model takes its minutes
+    data = read_jsonl(Path(cfg.data)) if cfg.data else None   # bad data is said before the model takes its minutes
     loaded = load_tools(cfg.tools, open_web(cfg.cache)) if cfg.tools else []
     if cfg.vram is not None:
         plan = plan_memory(cfg.model, cfg.vram, cfg.quantize)
@@ -735,7 +737,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     tools = builtin + loaded
     verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
     judge = Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts)
-    run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor, judge, tools, *read_tasks(cfg),
+    run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor, judge, tools, *split_tasks(cfg, data),
               SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses), Path(cfg.out), rank, size)
     run.places = cfg.groups // size
     if cfg.resume:
