@@ -160,10 +160,10 @@ class Session(AbstractContextManager):
         os.lseek(self._out, 0, os.SEEK_SET)             # runner and host share the file's offset
         self._keeper, note = 0, None
         try:
-            if self._settling:                          # what the last step left is dead before this
+            self._order("go")                           # obeyed after the last step's "settle"
+            if self._settling:                          # what that step left is dead before this one begins
                 self._settling = False
                 self._await("settled")
-            self._order("go")
             send_frame(self._wire, {"run": code})
             end, late = self._listen(result), self.seconds_left() == 0.0
             result.status = "timeout" if late else "ok" if end["end"] == "ok" else "error"
@@ -580,8 +580,12 @@ def zygote(base: str | None) -> None:
             try:
                 session(ctl, wire, fds[2], fds[3:], json.loads(message), isolated=base is None)
             except BaseException as error:
-                ctl.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
-            _exit(1)
+                try:
+                    ctl.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
+                except OSError:
+                    pass                                # the host does not listen any more
+            finally:
+                _exit(1)
         for fd in fds:
             os.close(fd)
     if base is not None:
@@ -612,8 +616,11 @@ def session(ctl, wire, out: int, attachments: list[int], setup: dict, isolated: 
         dup2(out, 1), dup2(out, 2)
         Worker(wire, out, setup).loop()
     os.close(out)
-    ctl.send(b'{"ready": true}')
-    supervise(ctl, wire, runner, setup)
+    try:
+        ctl.send(b'{"ready": true}')
+        supervise(ctl, wire, runner, setup)
+    finally:                                            # the host has closed ctl, with news unread or not
+        sweep(keep=set())
 
 
 def isolate(size: int, inodes: int) -> None:
@@ -669,7 +676,7 @@ def seccomp_rules(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def supervise(ctl, wire, runner: int, setup: dict) -> None:
-    """Obey the host's orders, watch the runner, and end with the host."""
+    """Obey the host's orders and watch the runner, until ctl is closed: by the host, or by its end."""
     running, watched = False, [ctl, os.pidfd_open(runner)]
     while True:
         ready = select.select(watched, [], [], 0.1 if running else None)[0]
@@ -683,11 +690,10 @@ def supervise(ctl, wire, runner: int, setup: dict) -> None:
                 ctl.send(json.dumps({"over": over}).encode())
         if ctl not in ready:
             continue
-        order = json.loads(ctl.recv(1 << 16) or b'{"order": "end"}')
+        if not (message := ctl.recv(1 << 16)):
+            return
+        order = json.loads(message)
         running = order["order"] in ("go", "interrupt")
-        if order["order"] == "end":
-            sweep(keep=set())
-            _exit(0)
         if order["order"] == "rollback":
             sweep(keep={order["keeper"]})
             if watched[-1] is not ctl:
@@ -706,8 +712,8 @@ def supervise(ctl, wire, runner: int, setup: dict) -> None:
             kill(runner, signal.SIGSTOP if order["order"] == "settle" else SIGCONT)
         if order["order"] == "settle":
             sweep(keep={runner})
-            reap(keep=runner)
             ctl.send(b'{"settled": true}')
+            reap(keep=runner)
 
 
 def is_child(pid: int) -> bool:
