@@ -209,6 +209,17 @@ def test_leftovers_are_killed_with_the_step(executor):
         assert gone(tree(executor._zygote.pid) - before)
 
 
+def test_a_closed_session_is_gone_while_others_live(executor):
+    """Closed right after a step, the supervisor's last words are unread and it cannot speak: it sweeps all the same."""
+    with executor.session() as witness:
+        before = tree(executor._zygote.pid)
+        for _ in range(10):
+            with executor.session() as session:
+                session.run("x = 1")
+        assert gone(tree(executor._zygote.pid) - before, 3.0)
+        assert witness.run("1").value == "1"
+
+
 def test_none_keeps_the_trainers_memory_and_environment_closed(monkeypatch):
     monkeypatch.setenv("A_KEY", "secret")
     with Executor("none", LIMITS) as executor, executor.session() as session:
