@@ -18,6 +18,7 @@ fence of its first ```python block; the observation comes back in the user's rol
 """
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import time
@@ -117,11 +118,14 @@ class Chat:
                            for m in (messages, messages[:2]))
         except Exception as error:      # there is none, or it raises: a template is a program
             raise UserError(f"the model's chat template cannot be used: {error}") from error
-        pieces = re.split("|".join(marks), full)
-        if len(pieces) != 5:
+        pieces = re.split(f"({'|'.join(marks)})", full)
+        if pieces[1::2] != marks:       # some put the system's text into the last user's message
             raise UserError("the chat template does not write system, user, assistant and user as they are")
-        self.begin, self.middle, _, self.turn, self.end = [self.encode(p, special=True) for p in pieces]
+        self.begin, self.middle, _, self.turn, self.end = [self.encode(p, special=True) for p in pieces[::2]]
         self.start = self.encode(first.split(marks[1])[1], special=True)    # of the first turn
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if not special.intersection(self.turn[:1]):     # plain text would end turns, and tools could write it
+            raise UserError("the chat template does not end a turn with a special token")
         self.turn_end = self.turn[0]                # <|im_end|>: forced where the turn ended at the fence
         self.stops = {self.turn_end, tokenizer.eos_token_id} - {None}
 
@@ -553,16 +557,16 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     """
     model, context, done = policy.model, sampling.context_tokens, {}
     episodes = make_episodes(policy, tasks, executor, tools, sampling, samples, seed)
+    waiting, ended = [e for e in episodes if len(e.prompt) < context], []
     for episode in episodes:
-        if len(episode.prompt) >= context:
-            episode.stop_reason, n = "context_limit", len(episode.prompt)
-            done[episode] = episode.trajectory(episode.prompt, [0] * n, [0.0] * n, 0.0)
-    waiting = [episode for episode in episodes if episode not in done]
+        if (n := len(episode.prompt)) >= context:
+            episode.stop_reason = "context_limit"
+            ended.append((episode, episode.prompt, [0] * n, [0.0] * n, 0.0))
     with sampling_mode(model, sampling.deterministic):
         slots = max(1, min(sampling.slots or fitting_slots(model, context), len(waiting)))
         watch = Chat(policy.tokenizer).watched(model.config.vocab_size)
         engine = Engine(model, slots, context, sampling.temperature, watch, sampling.deterministic)
-        for episode, *columns in engine.run(waiting):
+        for episode, *columns in itertools.chain(ended, engine.run(waiting)):
             done[episode] = episode.trajectory(*columns)
             if progress is not None:
                 progress.update(1)

@@ -35,6 +35,10 @@ QWEN = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + 
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # As Qwen3's: a turn that is not the last loses what it thought.
 FORGETFUL = QWEN.replace("m.content +", "(m.content if loop.last else m.content.split('</think>')[-1]) +")
+# As Mistral's: the system's text moves into the last message.
+SYSTEM_LAST = ("{% for m in messages[1:] %}{{ '[INST] ' if m.role == 'user' }}"
+               "{{ messages[0].content + '\n\n' if loop.last }}{{ m.content }}"
+               "{{ '[/INST] ' if m.role == 'user' else '<|im_end|>' }}{% endfor %}")
 TEXT = ["Thought: print it.\n```python\nprint(1)\n```\n\nfinal_answer(x)\n```\n\n",
         "Observation:\nuser system assistant 0123"]
 SHORT = Sampling(max_turns=4, turn_tokens=60, context_tokens=512, observation_tokens=128)
@@ -390,7 +394,7 @@ def test_limits_are_told_apart(executor):
     def end(**limits):
         [[t]] = rollout(as_policy(model), [task], executor, [], dataclasses.replace(SHORT, **limits), 1, 0)
         assert t.ids == ids[:len(t.ids)] and t.mask == mask[:len(t.ids)] and t.answer is None
-        assert largest_difference(model, t.ids, t.mask, t.logps) >= 0 if t.steps else t.ids == prompt
+        assert t.steps or t.ids == prompt
         return t.stop_reason, len(t.ids), len(t.steps)
     whole, one = len(ids), len(prompt) + len(first)
     assert end(max_turns=2) == ("turn_limit", whole, 2)
@@ -441,9 +445,8 @@ def test_prompts_say_what_there_is():
 def test_a_template_that_forgets_gets_its_glue_all_the_same_and_one_that_rewrites_is_refused():
     chat, forgetful = Chat(TOKENIZER), Chat(make_tokenizer(FORGETFUL))
     assert forgetful.between([5], 7) == chat.between([5], 7) and forgetful.start == chat.start
-    with pytest.raises(UserError, match="template"):
-        Chat(make_tokenizer(QWEN.replace("m.content", "m.content[1:]")))
-    for broken in (None, "{{ raise_exception('no system role') }}"):
+    for broken in (None, "{{ raise_exception('no system role') }}", QWEN.replace("m.content", "m.content[1:]"),
+                   SYSTEM_LAST, QWEN.replace("<|im_end|>", ""), "{% for m in messages %}{{ m.content }}{% endfor %}"):
         with pytest.raises(UserError, match="template"):
             Chat(make_tokenizer(broken))
 
@@ -518,6 +521,9 @@ def test_progress_and_order(tiny, executor):
                   progress=SimpleNamespace(update=seen.append))
     assert sum(seen) == 6 and [[(t.task_id, t.sample) for t in g] for g in out] == [
         [(task.id, 0), (task.id, 1)] for task in tasks]
+    long = Task("long", "Why? " * 1000, "")
+    [[t]] = rollout(tiny, [long], executor, [], tiny_sampling(tiny), 1, 0, SimpleNamespace(update=seen.append))
+    assert sum(seen) == 7 and t.stop_reason == "context_limit"           # a prompt without room counts, too
 
 
 def test_slots_fit_into_memory(monkeypatch):
