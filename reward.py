@@ -389,7 +389,7 @@ class Judge:
 
     def messages(self, question: str, gold: str, answer: str) -> list[dict]:
         # Whoever wrote the answer does not know the gold answer, so cannot guess the mark and close it early.
-        mark = hashlib.sha256(f"{question}|{gold}|{answer}".encode()).hexdigest()[:8]
+        mark = hashlib.sha256(f"{question}|{gold}|{answer}".encode(errors="replace")).hexdigest()[:8]
         text = (f"Question: {neutral(question, 4000)}\nCorrect answer: <<{neutral(gold, 500)}>>\n"
                 f"Candidate <<{mark}>>{neutral(answer, SHOWN)}<</{mark}>>")
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
@@ -412,7 +412,8 @@ class Judge:
 
 
 def reference_reply(policy, messages: list[dict], tokens: int = 32) -> str:
-    """The base model's greedy reply: the same network with its adapter off, so no memory of its own."""
+    """The base model's greedy reply: the same network with its adapter off, so no memory of its own. Qwen's
+    own generation settings punish repetition, and a verdict repeats the prompt's words."""
     tokenizer, model = policy.tokenizer, policy.model
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
                                            return_dict=True)
@@ -420,7 +421,7 @@ def reference_reply(policy, messages: list[dict], tokens: int = 32) -> str:
     model.eval()
     try:
         with policy.reference():
-            out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False,
+            out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0,
                                  pad_token_id=tokenizer.eos_token_id)    # (1, T + new)
     finally:
         model.train(training)
