@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from reward import (LONGEST, SHOWN, Judge, clean, compute_reward, compute_rewards, gaia_score, heuristic_judge, neutral,
                     verdict_in)
@@ -124,6 +124,13 @@ def test_hard_pairs_by_hand(capsys, names):
 @given(st.text(max_size=60), st.text(max_size=60), st.text(max_size=60))
 def test_heuristic_never_raises(question, gold, answer):
     assert heuristic_judge(question, gold, answer) in ("right", "wrong", "unsure")
+
+
+@given(st.text(st.characters(exclude_characters="\n"), max_size=30).filter(str.strip))
+@example("03/05/2020")
+@example(",")
+def test_the_gold_answer_itself_is_right(gold):
+    assert heuristic_judge("When?", gold, gold) == "right"
 
 
 @given(st.integers(-10**6, 10**6), st.integers(-10**6, 10**6))
