@@ -309,36 +309,35 @@ def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE 
 
 def read_rows(file: Path) -> list[tuple[int, dict]]:
     """(line number, record) of a jsonl or parquet file. UserError with file and line if it is malformed."""
-    if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(f"{file}: parquet needs pyarrow: pip install -r requirements-gaia.txt") from error
-        return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
     try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+            return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
         lines = file.read_text("utf-8").split("\n")
+    except ImportError as error:
+        raise UserError(f"{file}: parquet needs pyarrow: pip install -r requirements-gaia.txt") from error
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+    except (OSError, ValueError) as error:      # ValueError: no UTF-8, no parquet
+        raise UserError(f"{file}: cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows += [(number, json.loads(line))] if line.strip() else []
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{file}:{number}: no JSON: {error}") from error
     return rows
 
 
-def read_jsonl(path: Path | str) -> list[Task]:
-    """Tasks of lines {"id", "question", "answer", "files", "level"}; files: paths relative to the JSONL file.
+def read_tasks(path: Path, fields: Callable[[object], object]) -> list[Task]:
+    """Tasks of the records of a file, brought by `fields` to read_jsonl's names.
 
     UserError with file and line for what is malformed, duplicate or missing.
     """
     tasks, lines = [], {}
-    for number, record in read_rows(Path(path)):
+    for number, record in read_rows(path):
         try:
-            task = parse_task(record, Path(path).parent)
+            task = parse_task(fields(record), path.parent)
             if task.id in lines:
                 raise UserError(f"id {task.id!r} is already used in line {lines[task.id]}")
         except UserError as error:
@@ -348,6 +347,11 @@ def read_jsonl(path: Path | str) -> list[Task]:
     if not tasks:
         raise UserError(f"{path}: no tasks in it")
     return tasks
+
+
+def read_jsonl(path: Path | str) -> list[Task]:
+    """Tasks of lines {"id", "question", "answer", "files", "level"}; files: paths relative to the JSONL file."""
+    return read_tasks(Path(path), lambda record: record)
 
 
 def parse_task(record, folder: Path) -> Task:
@@ -361,12 +365,12 @@ def parse_task(record, folder: Path) -> Task:
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise UserError("'files' is a list of paths relative to this file")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"attachment {missing[0]} does not exist in {folder}")
+        raise UserError(f"attachment {folder / missing[0]} is missing")
     files = {Path(name).name: (folder / name).resolve() for name in names}
     if len(files) < len(names):
         raise UserError("two attachments have the same file name")
     return Task(str(record["id"]), str(record["question"]), str(record["answer"]), files,
-                str(record.get("level", "1")), str(record.get("family", "")))
+                str(record.get("level") or "1"), str(record.get("family") or ""))
 
 
 def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> Path:
@@ -387,7 +391,6 @@ def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> P
     return out
 
 
-
 def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
     """Tasks in GAIA's layout: metadata (jsonl or parquet) in folder[/2023][/<split>], the files beside it.
 
@@ -398,18 +401,13 @@ def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
              if (place / name).is_file()]
     if not found:
         raise UserError(f"{folder}: no metadata.jsonl or .parquet in it, in 2023/{split} or in {split}")
-    tasks = []
-    for number, row in read_rows(found[0]):
-        try:
-            name = row.get("file_name") or ""
-            task = Task(str(row["task_id"]), row["Question"], str(row.get("Final answer") or "?"),
-                        {Path(name).name: found[0].parent / name} if name else {}, str(row["Level"]), "gaia")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{found[0]}:{number}: no GAIA question: {error!r}") from error
-        for file in task.files.values():
-            if not file.is_file():
-                raise UserError(f"{found[0]}:{number}: attachment {file} is missing")
-        tasks.append(task)
-    if len({t.id for t in tasks}) < len(tasks):
-        raise UserError(f"{found[0]}: duplicate task_id")
+    tasks = read_tasks(found[0], gaia_fields)
     return [t for t in tasks if t.id != "0-0-0-0-0"]    # the dataset's own placeholder row
+
+
+def gaia_fields(row) -> dict:
+    if not isinstance(row, dict) or not {"task_id", "Question", "Level"} <= row.keys():
+        raise UserError("no GAIA question, which has task_id, Question and Level")
+    answer = row.get("Final answer")
+    return {"id": row["task_id"], "question": row["Question"], "answer": "?" if answer in (None, "") else answer,
+            "files": [row["file_name"]] if row.get("file_name") else [], "level": row["Level"], "family": "gaia"}

@@ -108,7 +108,7 @@ def test_gaia_errors_are_named(tmp_path):
             read_gaia(tmp_path)
     row = json.dumps({"task_id": "a", "Question": "Q", "Level": 1, "Final answer": "1", "file_name": ""}) + "\n"
     (tmp_path / "metadata.jsonl").write_text(row * 2)
-    with pytest.raises(UserError, match="duplicate task_id"):
+    with pytest.raises(UserError, match="id 'a' is already used in line 1"):
         read_gaia(tmp_path)
     (tmp_path / "metadata.jsonl").write_text(row.replace('"Final answer": "1", ', ""))
     assert read_gaia(tmp_path)[0].answer == "?"

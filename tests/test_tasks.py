@@ -189,14 +189,14 @@ GOOD = {"id": "a", "question": "x?", "answer": "1"}
     ({"id": "b", "question": " ", "answer": "1"}, "t.jsonl:2: 'question'"),
     ({"id": "b", "question": "x?", "answer": True}, "t.jsonl:2: 'answer'"),
     (GOOD, "t.jsonl:2: id 'a' is already used in line 1"),
-    (GOOD | {"id": "b", "files": ["no.csv"]}, "t.jsonl:2: attachment no.csv does not exist"),
+    (GOOD | {"id": "b", "files": ["no.csv"]}, "no.csv is missing"),
     (GOOD | {"id": "b", "files": "t.jsonl"}, "t.jsonl:2: 'files' is a list"),
     (GOOD | {"id": "b", "files": ["t.jsonl", "./t.jsonl"]}, "t.jsonl:2: two attachments"),
 ])
 def test_bad_lines_are_named_by_file_and_line(tmp_path, line, message):
     with pytest.raises(UserError) as error:
         read_jsonl(write(tmp_path, GOOD, line))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "t.jsonl:2: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_empty_and_binary_files_are_refused(tmp_path):
@@ -205,8 +205,12 @@ def test_missing_empty_and_binary_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no tasks in it"):
         read_jsonl(write(tmp_path, "", ""))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(UserError, match="UTF-8"):
+    with pytest.raises(UserError, match="cannot be read: 'utf-8'"):
         read_jsonl(tmp_path / "b.jsonl")
+    pytest.importorskip("pyarrow", reason="pip install -r requirements-gaia.txt")
+    (tmp_path / "metadata.parquet").write_bytes(b"half of it")
+    with pytest.raises(UserError, match="metadata.parquet: cannot be read"):
+        read_gaia(tmp_path)
 
 
 def test_built_in_tasks_survive_the_gaia_layout(tmp_path):
@@ -216,6 +220,15 @@ def test_built_in_tasks_survive_the_gaia_layout(tmp_path):
     assert [(t.id, t.question, t.answer, t.level) for t in again] == \
         [(t.id, t.question, t.answer, t.level) for t in tasks]
     assert [{n: p.read_bytes() for n, p in t.files.items()} for t in again] == [dict(t.files) for t in tasks]
+
+
+def test_a_gaia_answer_of_zero_is_an_answer_and_a_question_of_nothing_is_refused(tmp_path):
+    row = {"task_id": "a", "Question": "How many?", "Level": 1, "Final answer": 0}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert read_gaia(tmp_path)[0].answer == "0"
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row | {"Question": None}))
+    with pytest.raises(UserError, match=":1: 'question'"):
+        read_gaia(tmp_path)
 
 
 def test_a_table_is_a_literal_of_numbers():
