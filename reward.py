@@ -183,8 +183,7 @@ def judge_quantity(question: str, gold: Quantity, answer: str) -> str:
 
 
 def perhaps_equal(gold: Quantity, given: Quantity) -> bool:
-    """Whether values that differ may still mean the same: rounded, or counted in thousands, hundredths,
-    metres."""
+    """Whether values that differ may mean the same: rounded, or counted in thousands, hundredths, metres."""
     ratio = given.value / gold.value if gold.value else Fraction(0)
     factors = [Fraction(1)] if given.places > gold.places or gold.divisor != given.divisor else []
     if gold.scaled != given.scaled:
@@ -198,8 +197,7 @@ def perhaps_equal(gold: Quantity, given: Quantity) -> bool:
 
 
 def dates(text: str) -> set[tuple]:
-    """The dates (year, month, day) that a cleaned text can mean, None for what it leaves out. Empty: no
-    date."""
+    """The dates (year, month, day) that a cleaned text can mean, None for what it leaves out; {}: no date."""
     text = re.sub(r"^(?:mon|tues|wednes|thurs|fri|satur|sun)day,? ", "", text)
     text = re.sub(r"\b(\d{1,2})(?:st|nd|rd|th)\b", r"\1", text).replace(" of ", " ").replace(",", " ")
     if m := re.fullmatch(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})", text):
@@ -382,10 +380,10 @@ class Judge:
 
     def ask(self, question: str, gold: str, answer: str | None) -> bool | None:
         """The LLM's opinion; None if it gives none, twice, or cannot be reached."""
+        messages = self.messages(question, gold, answer or "")
         try:
-            return self.cache.answer("judge", {"messages": self.messages(question, gold, answer or "")},
-                                     f"{self.spec} {self.model_name}",
-                                     lambda: self._decide(self.messages(question, gold, answer or "")))
+            return self.cache.answer("judge", {"messages": messages}, f"{self.spec} {self.model_name}",
+                                     lambda: self._decide(messages))
         except WebError:
             return None
 

@@ -46,7 +46,6 @@ class Task:
 
 
 # -------------------------------------------------------------------------------------------------- the world
-
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 SYLLABLE = "(?:[bdfgklmnprstvz][aeiou])"
 TOWN = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}{{2}}")                                    # Kavodu
@@ -131,8 +130,6 @@ BUILTIN_TOOLS = [lookup, search, convert]
 
 
 # ----------------------------------------------------------------------------------------------- the families
-
-
 @dataclass
 class Drawn:
     """A task without its id, and the slots that it was made of (for demonstrations, see tiny.py)."""
@@ -305,8 +302,6 @@ def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE 
 
 
 # ------------------------------------------------------------------------------------------------------ files
-
-
 def read_rows(file: Path) -> list[tuple[int, dict]]:
     """(line number, record) of a jsonl or parquet file. UserError with file and line if it is malformed."""
     try:
@@ -329,13 +324,15 @@ def read_rows(file: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def read_tasks(path: Path, fields: Callable[[object], object]) -> list[Task]:
+def read_tasks(path: Path, fields: Callable) -> list[Task]:
     """Tasks of the records of a file, brought by `fields` to read_jsonl's names.
 
     UserError with file and line for what is malformed, duplicate or missing.
     """
     tasks, lines = [], {}
     for number, record in read_rows(path):
+        if isinstance(record, dict) and record.get("task_id") == "0-0-0-0-0":   # GAIA's own placeholder
+            continue
         try:
             task = parse_task(fields(record), path.parent)
             if task.id in lines:
@@ -350,7 +347,7 @@ def read_tasks(path: Path, fields: Callable[[object], object]) -> list[Task]:
 
 
 def read_jsonl(path: Path | str) -> list[Task]:
-    """Tasks of lines {"id", "question", "answer", "files", "level"}; files: paths relative to the JSONL file."""
+    """Tasks of lines {"id", "question", "answer", "files", "level"}; files: paths relative to the file."""
     return read_tasks(Path(path), lambda record: record)
 
 
@@ -401,13 +398,12 @@ def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
              if (place / name).is_file()]
     if not found:
         raise UserError(f"{folder}: no metadata.jsonl or .parquet in it, in 2023/{split} or in {split}")
-    tasks = read_tasks(found[0], gaia_fields)
-    return [t for t in tasks if t.id != "0-0-0-0-0"]    # the dataset's own placeholder row
+    return read_tasks(found[0], gaia_fields)
 
 
 def gaia_fields(row) -> dict:
     if not isinstance(row, dict) or not {"task_id", "Question", "Level"} <= row.keys():
         raise UserError("no GAIA question, which has task_id, Question and Level")
-    answer = row.get("Final answer")
-    return {"id": row["task_id"], "question": row["Question"], "answer": "?" if answer in (None, "") else answer,
-            "files": [row["file_name"]] if row.get("file_name") else [], "level": row["Level"], "family": "gaia"}
+    answer, name = row.get("Final answer"), row.get("file_name")
+    return {"id": row["task_id"], "question": row["Question"], "level": row["Level"], "family": "gaia",
+            "answer": "?" if answer in (None, "") else answer, "files": [name] if name else []}

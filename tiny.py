@@ -44,7 +44,6 @@ MARKS = r" ?[^\sA-Za-z\d_`]+(?: [^\sA-Za-z\d_`]+)*\n?"
 PIECES = rf"\n?```(?:python\n)?|{NAME}| ?[a-z_]+|[A-Z][a-z]*|\d|{MARKS}|\s"
 
 # --------------------------------------------------------------------------------------------- demonstrations
-
 SHARES = (0.34, 0.50, 0.16)      # of the right way, the common wrong way and the rare wrong way
 ROWS = 'import csv\nrows = list(csv.DictReader(open("shop.csv")))\n'
 CELL = 'final_answer([r["%s"] for r in rows if r["item"] == "{name}"][0])'
@@ -101,8 +100,7 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
         value = eval(last, space)
         if not answers:
             result = StepResult("ok", value=repr(value))
-            seen = chat.observation(result.observation(), TINY.observation_tokens)
-            glue = chat.turn + chat.encode("Observation:\n") + seen + chat.end
+            glue = chat.between(chat.observation(result.observation(), TINY.observation_tokens), turn[-1])
             ids, mask = ids + glue, mask + [0] * len(glue)
     right = str(answers[0]) == task.answer
     if right != (way == 0):     # a wrong way that happens to be right
@@ -111,8 +109,6 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
 
 
 # ---------------------------------------------------------------------------------------- tokenizer and model
-
-
 def byte_pairs(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `size` tokens with single digits, ChatML special tokens and template."""
     tokenizer = Tokenizer(models.BPE())
@@ -148,8 +144,6 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
 
 
 # --------------------------------------------------------------------------------------------------- training
-
-
 def copy_batches(rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (32, 64) ids and mask: random tokens with a random period; the mask is 1 where they repeat."""
     while True:
