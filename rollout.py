@@ -386,8 +386,8 @@ class Engine:
                                     for slot in self.record(rows, ids, logps)]
             pool.shutdown()
         finally:    # also on Ctrl-C: nothing is waited for; what still runs is closed when it returns
-            pool.shutdown(wait=False, cancel_futures=True)
-            busy = {slot: future for _, slot, future in self.flight}
+            busy = {slot: future for _, slot, future in self.flight if not future.cancel()}
+            pool.shutdown(wait=False)           # the closing of those that ended goes on
             for slot, episode in enumerate(self.episodes):
                 if slot in busy:
                     busy[slot].add_done_callback(lambda _, episode=episode: episode.close())

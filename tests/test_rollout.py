@@ -515,6 +515,19 @@ def test_ctrl_c_ends_sampling_promptly_and_closes_every_session():
     assert not sessions.open
 
 
+def test_ctrl_c_right_after_an_end_closes_that_session_too(tiny, executor):
+    def pressed(n):
+        raise KeyboardInterrupt
+    sessions, tasks = Sessions(executor, lambda number: None), builtin_tasks("train", 4, 0, families=("lookup",))
+    for seed in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny), 2, seed, SimpleNamespace(update=pressed))
+    began = time.monotonic()
+    while sessions.open and time.monotonic() - began < 5:
+        time.sleep(0.05)
+    assert next(sessions.count) > 4 and not sessions.open
+
+
 def test_progress_and_order(tiny, executor):
     seen, tasks = [], builtin_tasks("train", 3, 3)
     out = rollout(tiny, tasks, executor, BUILTIN_TOOLS, tiny_sampling(tiny, slots=2), 2, 0,
