@@ -289,8 +289,7 @@ def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE 
     """n tasks, the families in turn; the same arguments give the same tasks. split: "train" or "heldout",
     which share no entity; difficulty: 0 to 3, see the top. UserError for what does not exist."""
     families, tasks = tuple(families), []
-    known = split in SPLITS and families and set(families) <= {*CORE, *HARD} and difficulty in range(4)
-    if not known:
+    if not (split in SPLITS and families and {*families} <= {*CORE, *HARD} and difficulty in range(4)):
         raise UserError(f"no built-in tasks: split {split}, families {families}, difficulty {difficulty}")
     for i in range(n):
         family = families[i % len(families)]
@@ -370,9 +369,9 @@ def parse_task(record, folder: Path) -> Task:
                 str(record.get("level") or "1"), str(record.get("family") or ""))
 
 
-def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> Path:
-    """Write tasks with one attachment at most: folder/2023/<split>/metadata.jsonl and the files beside it."""
-    out = Path(folder) / "2023" / split
+def export_gaia(tasks: list[Task], folder: Path) -> None:
+    """Write tasks with one attachment at most: folder/2023/validation/metadata.jsonl, the files beside it."""
+    out = folder / "2023" / "validation"
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for task in tasks:
@@ -385,7 +384,6 @@ def export_gaia(tasks: list[Task], folder: Path, split: str = "validation") -> P
         lines.append(json.dumps({"task_id": task.id, "Question": task.question, "Level": task.level,
                                  "Final answer": task.answer, "file_name": file_name}) + "\n")
     (out / "metadata.jsonl").write_text("".join(lines))
-    return out
 
 
 def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
