@@ -100,8 +100,8 @@ def wilson(k, n, z=1.96):
 
 @pytest.mark.parametrize("names", [("judge_pairs", "judge_pairs_fresh"), ("judge_pairs_unseen",)])
 def test_hard_pairs_by_hand(capsys, names):
-    """At most 1 % of the wrong answers called right. Unseen: labelled after the last change of the rules, and kept out
-    of mending them; change a rule and they are seen."""
+    """At most 1 % of the wrong answers called right. Unseen: labelled after the last change of the rules that moved
+    a verdict here, and kept out of mending them; move one and they are seen."""
     table = [pair for name in names for pair in pairs(f"{name}.jsonl")]
     assert len({(q, g, a) for _, q, g, a, _ in table}) == len(table)
     heuristic = Counter((label, heuristic_judge(q, g, a)) for _, q, g, a, label in table)
