@@ -21,10 +21,11 @@ import hashlib
 import itertools
 import os
 import re
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -338,6 +339,19 @@ def sample(logits, temperature: float, uniforms) -> tuple[torch.Tensor, torch.Te
     return ids[:, 0], logps.gather(-1, ids)[:, 0]
 
 
+def in_thread(work: Callable) -> Future:
+    """work() in a daemon thread: a pool's threads, in a slow tool perhaps, would keep the program from ending."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(work())
+        except BaseException as error:      # whatever it is, it belongs to whoever asks for the result
+            future.set_exception(error)
+    threading.Thread(target=run, name="rollout", daemon=True).start()
+    return future
+
+
 class Engine:
     """B slots that decode together. All state is in arrays over slots: no loop over tokens in a step."""
     CHUNK = 512                 # tokens of prompts and observations in a step, so that decoding slots go on
@@ -367,27 +381,25 @@ class Engine:
 
     def run(self, episodes: list) -> Iterator[tuple]:
         """Generate all; yields (episode, ids, mask, logps, seconds) of each as it ends, in any order."""
-        waiting, free = deque(episodes), deque(range(len(self.episodes)))
-        pool = ThreadPoolExecutor(len(self.episodes), thread_name_prefix="rollout")
+        waiting, free, closing = deque(episodes), deque(range(len(self.episodes))), []
         try:
             while waiting or len(free) < len(self.episodes):
                 while waiting and free and self.admit(waiting[0], free):
                     waiting.popleft()
                 for slot in self.collect():
                     n, episode, self.episodes[slot] = self.total[slot], self.episodes[slot], None
-                    pool.submit(episode.close)
+                    closing.append(in_thread(episode.close))
                     free.append(slot)
                     columns = [array[slot, :n].tolist() for array in (self.tokens, self.mask, self.logps)]
                     yield episode, *columns, time.perf_counter() - self.began[slot]
                 if self.running.any():
                     batch, rows, last = self.plan()
                     ids, logps = self.forward(batch, rows, last)
-                    self.flight += [(self.steps + self.LAG, slot, pool.submit(self.episodes[slot].act))
+                    self.flight += [(self.steps + self.LAG, slot, in_thread(self.episodes[slot].act))
                                     for slot in self.record(rows, ids, logps)]
-            pool.shutdown()
+            wait(closing)
         finally:    # also on Ctrl-C: nothing is waited for; what still runs is closed when it returns
-            busy = {slot: future for _, slot, future in self.flight if not future.cancel()}
-            pool.shutdown(wait=False)           # the closing of those that ended goes on
+            busy = {slot: future for _, slot, future in self.flight}
             for slot, episode in enumerate(self.episodes):
                 if slot in busy:
                     busy[slot].add_done_callback(lambda _, episode=episode: episode.close())

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -499,7 +500,7 @@ def test_ctrl_c_ends_sampling_promptly_and_closes_every_session():
     chat, task = Chat(TOKENIZER), Task("t", "?", "")
     turn = chat.encode("```python\nimport time\nfor i in range(200): time.sleep(0.1)\n```")
     model, *_ = parrot(build_prompt(TOKENIZER, task, [], "short"), [turn], [], chat)
-    pressed = []
+    pressed, others = [], set(threading.enumerate())
 
     def before(number):
         if number == 2:
@@ -510,6 +511,8 @@ def test_ctrl_c_ends_sampling_promptly_and_closes_every_session():
         with pytest.raises(KeyboardInterrupt):
             rollout(as_policy(model), [task], sessions, [], SHORT, 3, 0)
         assert time.monotonic() - pressed[0] < 5 and model.config._attn_implementation == "sdpa"
+        workers = set(threading.enumerate()) - others
+        assert workers and all(thread.daemon for thread in workers)     # the program's end does not wait for them
     while sessions.open and time.monotonic() - pressed[0] < 15:   # their steps take 20 s: cut short
         time.sleep(0.05)
     assert not sessions.open
