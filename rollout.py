@@ -187,6 +187,8 @@ class Episode:
     tools: list
     sampling: Sampling
     session: object = None      # opened with the first code
+    closed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)    # held by act and close: they are threads
     steps: list[Step] = field(default_factory=list)
     last: int = -1              # the token that ended the newest turn
     answer: str | None = None
@@ -214,14 +216,15 @@ class Episode:
 
     def act(self):
         """Run the turn's code, in a worker thread; the executor's result, or None if there is no code."""
-        if self.steps[-1].code is None or self.stop_reason:
-            return None
-        if self.session is None:
-            context = ToolContext(question=self.task.question, files=self.task.files)
-            bound = {tool.name: tool.bind(context) for tool in self.tools}
-            self.session = self.executor.session(tools=bound, files=self.task.files)
-            context.workdir, context.seconds_left = self.session.workdir, self.session.seconds_left
-        return self.session.run(self.steps[-1].code)
+        with self.lock:
+            if self.steps[-1].code is None or self.stop_reason or self.closed:
+                return None
+            if self.session is None:
+                context = ToolContext(question=self.task.question, files=self.task.files)
+                bound = {tool.name: tool.bind(context) for tool in self.tools}
+                self.session = self.executor.session(tools=bound, files=self.task.files)
+                context.workdir, context.seconds_left = self.session.workdir, self.session.seconds_left
+            return self.session.run(self.steps[-1].code)
 
     def observe(self, result, room: int) -> list[int]:
         """The forced tokens before the next turn, fewer than `room`; or [], and `stop_reason` says why."""
@@ -241,8 +244,11 @@ class Episode:
         return [] if self.stop_reason else forced
 
     def close(self) -> None:
-        if self.session is not None:
-            self.session.close()
+        """End the session, once the code that runs in it has returned; no other is opened."""
+        with self.lock:
+            self.closed = True
+            if self.session is not None:
+                self.session.close()
 
     def trajectory(self, ids: list[int], mask: list[int], logps: list[float], seconds: float) -> Trajectory:
         return Trajectory(self.task.id, self.sample, self.seed, ids, mask, logps, len(self.prompt),
@@ -340,7 +346,7 @@ def sample(logits, temperature: float, uniforms) -> tuple[torch.Tensor, torch.Te
 
 
 def in_thread(work: Callable) -> Future:
-    """work() in a daemon thread: a pool's threads, in a slow tool perhaps, would keep the program from ending."""
+    """work() in a daemon thread: those of a pool, in a slow tool perhaps, would keep the program from ending."""
     future = Future()
 
     def run():
@@ -387,8 +393,9 @@ class Engine:
                 while waiting and free and self.admit(waiting[0], free):
                     waiting.popleft()
                 for slot in self.collect():
-                    n, episode, self.episodes[slot] = self.total[slot], self.episodes[slot], None
+                    n, episode = self.total[slot], self.episodes[slot]
                     closing.append(in_thread(episode.close))
+                    self.episodes[slot] = None
                     free.append(slot)
                     columns = [array[slot, :n].tolist() for array in (self.tokens, self.mask, self.logps)]
                     yield episode, *columns, time.perf_counter() - self.began[slot]
@@ -399,12 +406,8 @@ class Engine:
                                     for slot in self.record(rows, ids, logps)]
             wait(closing)
         finally:    # also on Ctrl-C: nothing is waited for; what still runs is closed when it returns
-            busy = {slot: future for _, slot, future in self.flight}
-            for slot, episode in enumerate(self.episodes):
-                if slot in busy:
-                    busy[slot].add_done_callback(lambda _, episode=episode: episode.close())
-                elif episode is not None:
-                    episode.close()
+            for episode in filter(None, self.episodes):
+                in_thread(episode.close)
 
     def admit(self, episode, free: deque) -> bool:
         """Put it into a free slot; False while its group's prompt is being forwarded in another."""
