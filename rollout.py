@@ -232,8 +232,7 @@ class Episode:
         if self.stop_reason:
             return []
         if result is not None:
-            step.status, step.seconds = result.status, result.seconds
-            self.answer = result.answer if result.answered else None
+            step.status, step.seconds, self.answer = result.status, result.seconds, result.answer
         text = NO_CODE if result is None else result.observation()
         ids = self.chat.observation(text, self.sampling.observation_tokens)
         step.observation = self.chat.tokenizer.decode(ids)
