@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -83,8 +83,8 @@ class Trajectory:
     seconds: float              # from its admission to its end
     error: str = ""             # what failed
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    def to_dict(self) -> dict:      # not asdict: that copies every token
+        return {**vars(self), "steps": [vars(step) for step in self.steps]}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Trajectory":
