@@ -266,12 +266,13 @@ def halving(run: Callable, minibatches: list[list[MicroBatch]], k: int, stats: U
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: GRPOConfig,
-           fresh: Sequence[bool] | None = None, seed: int = 0) -> UpdateStats:
+           fresh: Sequence[bool] | None = None, seed: int = 0, progress=None) -> UpdateStats:
     """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
     Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
     process on the whole. fresh: which ones were just sampled (default: all). seed: of the split in
-    minibatches. An optimiser step with a number that is not finite is skipped, on all ranks, and noted.
+    minibatches. progress: a tqdm bar, one a trajectory and pass. An optimiser step with a number that is not
+    finite is skipped, on all ranks, and noted.
     """
     stats, sums, parameters = UpdateStats(token_budget=cfg.token_budget), Counter(), policy.trainable()
     several_steps = cfg.epochs * cfg.minibatches > 1
@@ -289,6 +290,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: 
         if counts["tokens"] == 0:
             continue                                    # a step would only move Adam's momentum
         found, bad = halving(lambda m: accumulate(policy, m, cfg, **counts), minibatches, k, stats)
+        if progress is not None:
+            progress.update(sum(map(len, masks)))
         all_reduce_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
         if math.isfinite(norm) and not total({"bad": len(bad)}, policy.device)["bad"]:   # clamp hides a nan

@@ -303,7 +303,8 @@ def update(run: Run, fresh: list[Group], replayed: list[queue.Entry], clock: Clo
         parameter_group["lr"] = learning_rate(run.cfg, run.step)
     batch = [pair for group in groups for pair in group.batch()]
     is_fresh = [group.step == run.step for group in groups for _ in group.batch()]
-    stats = grpo_update(run.policy, run.optimizer, batch, grpo_config(run.cfg), is_fresh, seed=run.step)
+    with run.bar(len(batch) * run.cfg.epochs, f"step {run.step}: update") as bar:
+        stats = grpo_update(run.policy, run.optimizer, batch, grpo_config(run.cfg), is_fresh, run.step, bar)
     run.cfg.token_budget = stats.token_budget                    # lower after an out-of-memory
     for note in stats.notes:
         tqdm.write(f"  step {run.step}, process {run.rank}: {note}")

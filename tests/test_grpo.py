@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import grpo
 from grpo import GRPOConfig, group_advantages, grpo_loss, normalisers, token_logps, update, warnings_for
@@ -358,8 +359,10 @@ def test_what_was_cut_leaves_the_loss(folders):
 
 def test_several_steps_share_one_l_old(folders):
     cfg = GRPOConfig(minibatches=3, epochs=2)
-    grads, stats, _ = run_update(folders[True], cfg)
-    assert len(grads) == stats.optimiser_steps == 6
+    with tqdm(disable=True) as bar:
+        bar.update = (counted := []).append
+        grads, stats, _ = run_update(folders[True], cfg, progress=bar)
+    assert len(grads) == stats.optimiser_steps == 6 and sum(counted) == 2 * 12
     assert stats.tokens == 2 * run_update(folders[True], GRPOConfig())[1].tokens
     assert stats.clip_fraction > 0 and stats.mismatch_mean < 1e-5  # r moves away from 1; l_old does not move
     assert run_update(folders[True], GRPOConfig())[1].clip_fraction == 0  # one step: r is 1
