@@ -329,7 +329,7 @@ def compare(stats: UpdateStats, micro_batches: list[MicroBatch], fresh: Sequence
             gap = (old - behaviour)[mask].abs().cpu()                                   # (N,)
             within = gap <= math.log(1 + cfg.clip_high)         # nan is not, so it leaves the queue
             stats.off_policy_each[row] = 1 - within.float().mean().item()
-            fresh_gaps += [gap] * fresh[row]
+            fresh_gaps += [gap[gap.isfinite()]] * fresh[row]
     if len(gap := torch.cat(fresh_gaps)):
         stats.mismatch_mean = gap.mean().item()
         stats.mismatch_p99 = gap.sort().values[int(0.99 * (len(gap) - 1))].item()

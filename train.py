@@ -170,6 +170,7 @@ class Run:
     out: Path
     rank: int = 0
     size: int = 1
+    places: int = 1                                  # groups of a batch on this rank
     started: float = field(default_factory=time.monotonic)
 
     step: int = 0
@@ -186,11 +187,6 @@ class Run:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def places(self) -> int:
-        """Groups of a batch on this rank."""
-        return self.cfg.groups // self.size
 
     @property
     def hard(self) -> tuple[str, ...]:
@@ -750,7 +746,8 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
     judge = Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts)
     run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor, judge, tools, *split_tasks(cfg, data),
-              SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses), Path(cfg.out), rank, size)
+              SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses), Path(cfg.out), rank, size,
+              places=cfg.groups // size)
     if cfg.resume:
         restore(run)
     elif not cfg.probe:

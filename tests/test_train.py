@@ -306,6 +306,17 @@ def test_nothing_is_overwritten(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_kill_at_the_very_beginning_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_adapter", killed)
+        assert run("--out", tmp_path / "out", *SMALL) == 130
+    monkeypatch.setattr(train, "train", lambda run: None)
+    monkeypatch.setattr(train, "report", lambda run: None)
+    assert run("--out", tmp_path / "out", *SMALL) == 0 and (tmp_path / "out.1").exists()
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--out", out, "--steps", 1, *SMALL) == 0
