@@ -564,7 +564,8 @@ def save(run: Run):
         save_file(tensors, part / f"queue-{run.rank}.safetensors")
         write_synced(part / f"queue-{run.rank}.json", json.dumps(entries))
         if run.main:
-            save_file(get_peft_model_state_dict(run.policy.model), part / "adapter_model.safetensors")
+            weights = get_peft_model_state_dict(run.policy.model, save_embedding_layers=False)    # "auto" asks the hub
+            save_file(weights, part / "adapter_model.safetensors")
             tensors, scalars = pack_optimizer(run.optimizer)
             save_file(tensors, part / "optimizer.safetensors")
             state = {name: getattr(run, name) for name in PROGRESS}
@@ -622,9 +623,13 @@ def unpack_queue(tensors: dict, packed: dict) -> dict:
 
 
 def pack_optimizer(optimizer) -> tuple[dict, dict]:
-    """(tensors, scalars) of the optimiser's state, named parameter.key; works for torch's and bitsandbytes' AdamW."""
-    flat = {f"{p}.{k}": v for p, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
-    tensors = {k: v.contiguous().cpu() for k, v in flat.items() if isinstance(v, torch.Tensor)}
+    """(tensors, scalars) of the optimiser's state, named parameter.key; works for torch's and bitsandbytes' AdamW.
+
+    Not of its state_dict(): in that of bitsandbytes the 8-bit tensors are nested. They also share one code book.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = {f"{i}.{k}": v for i, p in enumerate(parameters) for k, v in optimizer.state.get(p, {}).items()}
+    tensors = {k: v.cpu().contiguous().clone() for k, v in flat.items() if isinstance(v, torch.Tensor)}
     return tensors, {k: v for k, v in flat.items() if k not in tensors}
 
 
@@ -781,7 +786,7 @@ def probe(run: Run):
         n = counts.count(right)
         run.say(f"  {right:2d}  {n:4d}  {'#' * math.ceil(50 * n / len(counts))}")
     trajectories = [t for g in groups for t in g.trajectories]
-    step_share = run.cfg.groups / run.cfg.probe
+    step_share = run.places / run.cfg.probe
     batch = [pair for g in signal for pair in g.batch()]
     run.say(f"groups with signal {len(signal) / len(groups):.2f}, tokens a trajectory "
             f"{fmean(len(t.ids) for t in trajectories):.0f} (sampled {fmean(sum(t.mask) for t in trajectories):.0f})")

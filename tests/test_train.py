@@ -12,6 +12,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -176,6 +177,30 @@ def test_twenty_kills(tmp_path):
     assert start(out, "--resume").wait() == 0
     same_run(whole, out)
     print(f"{kills} kills, a run takes {length:.0f} s")
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, bitsandbytes.optim.PagedAdamW8bit])
+def test_an_optimiser_goes_on_where_it_was(tmp_path, kind):
+    """Also the 8-bit one of the GPU (paged only there), with a tensor that is in 8 bits and one too small for it."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((80, 64), (80, 64), (8,))]
+
+    def step(optimizer):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.sin(1000 * p.detach())
+        optimizer.step()
+    one, two = (kind([torch.nn.Parameter(p.clone()) for p in start], lr=1e-2) for _ in range(2))
+    step(one)
+    tensors, scalars = train.pack_optimizer(one)
+    train.save_file(tensors, tmp_path / "optimizer.safetensors")
+    train.unpack_optimizer(two, load_file(tmp_path / "optimizer.safetensors"), json.loads(json.dumps(scalars)))
+    for a, b in zip(one.param_groups[0]["params"], two.param_groups[0]["params"]):
+        b.data.copy_(a.data)
+    for optimizer in (one, two):
+        step(optimizer)
+    for a, b in zip(one.param_groups[0]["params"], two.param_groups[0]["params"]):
+        assert torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
