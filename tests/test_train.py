@@ -359,10 +359,14 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------- other ways to run
-def test_nf4_on_the_cpu_trains_a_whole_step(tmp_path):
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_nf4_with_the_optimiser_of_the_gpu_trains_and_resumes_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_optimizer",
+                        lambda policy, lr: bitsandbytes.optim.PagedAdamW8bit(policy.trainable(), lr=lr))
     out = tmp_path / "out"
     assert run("--out", out, "--steps", 1, "--quantize", "nf4", *SMALL) == 0
-    assert lines(out / "metrics.jsonl")[-1]["step"] == 1
+    assert run("--out", out, "--steps", 2, "--resume") == 0
+    assert lines(out / "metrics.jsonl")[-1]["step"] == 2
 
 
 def test_own_data_with_files(tmp_path):
