@@ -15,25 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive way lives there
-
+from policy import QWEN25, Policy, Preset, head_size, memory, model_config, never_repack, new_adapter
+import bitsandbytes as bnb      # after policy, which quiets its import
 import grpo
 import rollout
 from executor import Executor, Limits
-from oracle import oracle
-from policy import Policy, Preset, head_size, memory, never_repack
 from tools import UserError
 
+sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive way lives there
+from oracle import oracle       # noqa: E402
+
+
 # ------------------------------------------------------------------------------------------------ the rollout
-
-
 @dataclass(frozen=True)
 class Workload:
     """Scripted trajectories: the tokens are the model's, the lengths of turns and observations are drawn."""
@@ -49,11 +47,8 @@ WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048),
              ("w", True): Workload(2, 3, (10, 40), (20, 60), 200, 512),
              ("w2", False): Workload(2, 6, (50, 400), (100, 2000), 1500, 8192),
              ("w2", True): Workload(1, 3, (20, 100), (50, 500), 400, 2048)}
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "intermediate_size", "vocab_size", "tie_word_embeddings")
-SHAPES = {"small": (256, 4, 4, 2, 1024, 8192, True), "Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
-          "Qwen2.5-3B": (2048, 36, 16, 2, 11008, 151936, True),
-          "Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False)}
+SMALL = Qwen2Config(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                    intermediate_size=1024, vocab_size=8192, tie_word_embeddings=True)
 
 
 class Scripted:
@@ -103,7 +98,7 @@ def scripted(work: Workload, vocabulary: int, latency=(0.0, 0.0)) -> list[Script
 
 def random_model(name: str, device: str):
     """That shape with random weights: "small" in fp32, the others as in training: NF4 + LoRA, bf16 on GPU."""
-    config = Qwen2Config(**dict(zip(SHAPE, SHAPES[name])), max_position_embeddings=32768)
+    config = SMALL if name == "small" else model_config(name)
     dtype = torch.float32 if name == "small" or device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     with torch.device(device):
@@ -113,13 +108,12 @@ def random_model(name: str, device: str):
     for parent in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
         for key, linear in list(parent.named_children()):
             if isinstance(linear, torch.nn.Linear):
-                setattr(parent, key, in_nf4(linear, dtype))
+                setattr(parent, key, quantised(linear, dtype))
     model.is_loaded_in_4bit = True      # peft asks for this
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model.requires_grad_(False), lora).eval()
+    return new_adapter(model.requires_grad_(False)).eval()
 
 
-def in_nf4(linear: torch.nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+def quantised(linear: torch.nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
     new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
                             compute_dtype=dtype, quant_type="nf4", device=linear.weight.device)
     new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
@@ -226,12 +220,7 @@ def bench_rollout(args) -> dict:
     return figures
 
 
-# ----------------------------------------------------------------------------------------------- the executor
-
-
 # ------------------------------------------------------------------------------------------------- the update
-
-
 def peak_memory(device: str, run) -> tuple[float, float, object]:
     """(GiB at the peak above what was held before, seconds, run()); on the CPU by the kernel, in processor seconds."""
     gc.collect()
@@ -289,12 +278,10 @@ def bench_update(args) -> dict:
         return bench_real_shape(args)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=152064, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    config = Qwen2Config(**SMALL.to_dict() | {"vocab_size": 152064})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = Qwen2ForCausalLM(config).to(device).requires_grad_(False)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    policy, cfg = as_policy(get_peft_model(base, lora)), grpo.GRPOConfig(beta=0.0, token_budget=1024)
+    policy, cfg = as_policy(new_adapter(base)), grpo.GRPOConfig(beta=0.0, token_budget=1024)
     lengths = np.random.default_rng(1).integers(60, 240, size=4 if args.quick else 12).tolist()
     batch = random_batch(config.vocab_size, lengths)
     optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)             # each run meets the same weights
@@ -327,9 +314,10 @@ def bench_update(args) -> dict:
 
 
 def bench_real_shape(args) -> dict:
-    """A step of a real model's shape, phase by phase: what it adds to the memory held all along, beside the plan's.
+    """Sampling and update (with its reference pass) at a real model's shape: peak memory beside the plan's.
 
-    Held are weights, adapter and optimiser. On the CPU the base computes in fp32, so there it only shows that it runs.
+    The peak is that of torch's tensors, so the plan's allowance for CUDA itself is left out. On the CPU, where the
+    base computes in fp32, what is held all along is taken from the plan: there it only shows that it runs.
     """
     gpu = torch.cuda.is_available()
     if gpu:     # 1 GiB is for CUDA itself
@@ -343,24 +331,22 @@ def bench_real_shape(args) -> dict:
     grpo.update(policy, optimizer, random_batch(vocabulary, [16]), grpo.GRPOConfig())   # makes the optimiser's states
     for tokens in (256,) if args.quick else (4096, 8192):
         plan = memory(network.config, True, slots, tokens, tokens)
+        del plan["runtime: CUDA context, fragmentation"]
         work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens)
         batch, cfg = random_batch(vocabulary, [tokens] * 2), grpo.GRPOConfig(token_budget=tokens)
-        gradients = 0.4 * plan["adapter, gradients, 8-bit optimiser"][1]                # 4 of its 10 bytes
-        planned = {"sampling": plan["cache of keys and values"][0] + plan["activations"][0],
-                   "update": plan["activations"][1] + gradients}
-        for phase, run in {"sampling": lambda: run_engine(network, work, slots)["seconds"],
-                           "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss}.items():
+        for column, (phase, run) in enumerate({
+                "sampling": lambda: run_engine(network, work, slots)["seconds"],
+                "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss}.items()):
+            planned = sum(part[column] for part in plan.values())
+            held = plan["weights"][0] + plan["adapter, gradients, 8-bit optimiser"][0]      # no gradients yet
+            held = torch.cuda.memory_allocated() / 2**30 if gpu else held
             gib, seconds, _ = peak_memory(network.device.type, run)
-            held = sum(part[phase == "update"] for part in plan.values()) - planned[phase]
-            print(f"{tokens} tokens, {phase}: {seconds:.1f} s, adds {gib:.2f} GiB, planned {planned[phase]:.2f}; "
-                  f"with what is held {held + gib:.2f}, planned {held + planned[phase]:.2f}")
-            figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": held + gib, "planned": held + planned[phase]}
+            figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": held + gib, "planned": planned}
+            print(f"{tokens} tokens, {phase}: {seconds:.1f} s, peak {held + gib:.2f} GiB, planned {planned:.2f}")
     return figures
 
 
-# -------------------------------------------------------------------------------------------------- the executor
-
-
+# ----------------------------------------------------------------------------------------------- the executor
 def milliseconds(run, times: int) -> np.ndarray:
     """(times,): how long each call of run took, in ms."""
     took = []
@@ -461,8 +447,6 @@ def peers(loop: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-
-
 def machine() -> dict:
     """What the figures were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -480,11 +464,11 @@ def main() -> int:
     section = rooms.add_parser("rollout", help="the engine against generate per turn", allow_abbrev=False)
     section.set_defaults(bench=bench_rollout)
     section.add_argument("--workload", choices=("w", "w2"), default="w", help="w2: longer, closer to GAIA")
-    section.add_argument("--model-config", choices=SHAPES, default="small", help="its shape")
+    section.add_argument("--model-config", choices=["small", *QWEN25], default="small", help="its shape")
     section.add_argument("--vram", type=float, metavar="GB", help="cap the GPU's memory")
     section = rooms.add_parser("update", help="the update against full logits and one padded batch", allow_abbrev=False)
     section.set_defaults(bench=bench_update)
-    section.add_argument("--model-config", choices=[name for name in SHAPES if name != "small"],
+    section.add_argument("--model-config", choices=QWEN25,
                          help="random weights of that shape instead: memory of each phase beside the plan's")
     section.add_argument("--vram", type=float, default=24.0, metavar="GB", help="cap the GPU's memory")
     for section in rooms.choices.values():

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 
 from policy import Policy
@@ -46,7 +45,7 @@ class GRPOConfig:
     temperature: float = 1.0        # the sampler's
     epochs: int = 1                 # passes over a batch
     minibatches: int = 1            # optimiser steps a pass
-    token_limit: int = 1024       # sampled tokens a trajectory may have: the constant of dr_grpo's normaliser
+    token_limit: int = 1024         # sampled tokens a trajectory may have: dr_grpo's constant normaliser
     token_budget: int = 8192        # padded tokens a micro-batch: bounds memory, changes no result
     max_grad_norm: float = 1.0
 
@@ -84,7 +83,7 @@ def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cf
     Returns (loss, stats): stats holds sums over loss_mask, for the log.
     """
     def select(x):                              # (B, T); never mask * x, for 0 * nan is nan
-        return torch.where(loss_mask, x, 0.0)  # outside l = 0 and A = 0, so loss and gradient are 0
+        return torch.where(loss_mask, x, 0.0)   # outside l = 0 and A = 0, so loss and gradient are 0
     l, l_old, l_behaviour = select(logp), select(logp_old.detach()), select(logp_behaviour.detach())
     A = select(advantage)                                                               # (B, T)
     # c = min(pi_old / pi_behaviour, C): a truncated importance weight, a constant   (Ionides)
@@ -149,13 +148,12 @@ class HeadLogps(torch.autograd.Function):
 
 
 def token_logps(model, ids: torch.Tensor, mask: torch.Tensor, temperature=1.0, chunk: int | None = None):
-    """(log-probs, entropies) of the sampled tokens: both (B, T), fp32, aligned with ids, 0 where mask is
-    False.
+    """(log-probs, entropies) of the sampled tokens: both (B, T), fp32, aligned with ids, 0 outside of mask.
 
     ids (B, T), padded on the right: causal attention hides padding from all that stands before it, so there
     is no attention mask. mask (B, T): True = sampled. chunk: positions whose logits exist at one time.
     """
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal = model.get_base_model()                     # the adapter lies in its layers
     head = causal.get_output_embeddings()
     assert not head.weight.requires_grad and head.bias is None, "HeadLogps has no gradient for the head"
     hidden = causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state        # (B, T-1, H)
@@ -202,14 +200,12 @@ class UpdateStats:
 
 
 def in_loss(trajectory: Trajectory) -> bool:
-    """Overlong masking (DAPO 3.4): what a token limit cut might have come right, so it is baseline
-    only."""
+    """Overlong masking (DAPO 3.4): what a token limit cut might have come right, so it is baseline only."""
     return trajectory.stop_reason not in ("length", "context_limit") and any(trajectory.mask)
 
 
 def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device) -> list[MicroBatch]:
-    """Those rows of the batch, longest first, up to token_budget padded tokens each; a longer one goes
-    alone."""
+    """Those rows, longest first, up to token_budget padded tokens together; a longer one goes alone."""
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda i: len(batch[i][0].ids), reverse=True):
         if groups and (len(groups[-1]) + 1) * len(batch[groups[-1][0]][0].ids) <= token_budget:
@@ -236,8 +232,7 @@ def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, several_
 
 
 def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, tokens: float, sequences: float):
-    """Gradients of one optimiser step on this rank. Returns (sums over its loss tokens, rows that are not
-    finite)."""
+    """This rank's gradients of an optimiser step: (sums over its loss tokens, rows that are not finite)."""
     policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, bad = Counter(), []
     for micro in minibatch:
@@ -250,31 +245,34 @@ def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, tok
         loss.backward()
         stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "tokens": micro.mask.sum()}
         sums.update({name: value.item() for name, value in stats.items()})
-        finite = (logp.detach() + micro.old + micro.behaviour + micro.advantage).isfinite().all(1).tolist()
+        numbers = logp.detach() + micro.old + micro.behaviour + micro.advantage             # (B, T)
+        numbers = numbers if micro.ref is None else numbers + micro.ref
+        finite = (numbers.isfinite() | ~micro.mask).all(1).tolist()
         bad += [row for row, ok in zip(micro.rows, finite) if not ok]
     return sums, bad
 
 
-def halving(run: Callable, minibatch: list[MicroBatch], stats: UpdateStats):
-    """(run(minibatch), minibatch). After an out-of-memory it runs once more, with micro-batches of half the
-    size."""
+def halving(run: Callable, minibatches: list[list[MicroBatch]], k: int, stats: UpdateStats):
+    """run(minibatches[k]). After an out-of-memory it runs once more, with micro-batches of half the size, as
+    all minibatches have from then on: what was too large once is not tried again."""
     try:
-        return run(minibatch), minibatch
+        return run(minibatches[k])
     except torch.OutOfMemoryError:
         stats.notes.append("out of memory in the update: tried again with micro-batches of half the size")
-    stats.token_budget //= 2
     torch.cuda.empty_cache()            # not in the except block, where the traceback still holds the tensors
-    halves = [half for micro in minibatch for half in micro.halves()]
-    return run(halves), halves
+    stats.token_budget //= 2
+    minibatches[:] = [[half for micro in minibatch for half in micro.halves()] for minibatch in minibatches]
+    return run(minibatches[k])
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: GRPOConfig,
-           fresh: Sequence[bool] | None = None, seed: int = 0) -> UpdateStats:
+           fresh: Sequence[bool] | None = None, seed: int = 0, progress=None) -> UpdateStats:
     """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
     Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
     process on the whole. fresh: which ones were just sampled (default: all). seed: of the split in
-    minibatches. An optimiser step whose gradient is not finite is skipped, on all ranks, and noted.
+    minibatches. progress: a tqdm bar, one a trajectory and pass. An optimiser step with a number that is not
+    finite is skipped, on all ranks, and noted.
     """
     stats, sums, parameters = UpdateStats(token_budget=cfg.token_budget), Counter(), policy.trainable()
     several_steps = cfg.epochs * cfg.minibatches > 1
@@ -283,19 +281,20 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: 
     minibatches = [micro_batches(batch, rows[k::cfg.minibatches], cfg.token_budget, policy.device)
                    for k in range(cfg.minibatches)]
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
-    for k, minibatch in enumerate(minibatches):
-        _, minibatches[k] = halving(lambda m: score(policy, m, cfg, several_steps), minibatch, stats)
+    for k in range(cfg.minibatches):
+        halving(lambda m: score(policy, m, cfg, several_steps), minibatches, k, stats)
     for k in list(range(cfg.minibatches)) * cfg.epochs:
         masks = [micro.mask for micro in minibatches[k]]
         counts = {"tokens": sum(int(m.sum()) for m in masks), "sequences": sum(map(len, masks))}
         counts = total(counts, policy.device)
         if counts["tokens"] == 0:
             continue                                    # a step would only move Adam's momentum
-        (found, bad), minibatches[k] = halving(
-            lambda m: accumulate(policy, m, cfg, **counts), minibatches[k], stats)
+        found, bad = halving(lambda m: accumulate(policy, m, cfg, **counts), minibatches, k, stats)
+        if progress is not None:
+            progress.update(sum(map(len, masks)))
         all_reduce_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not total({"bad": len(bad)}, policy.device)["bad"]:   # clamp hides a nan
             optimizer.step()
             sums.update(found)
             stats.optimiser_steps += 1
@@ -322,15 +321,15 @@ def fill(stats: UpdateStats, sums: Counter, device, cfg: GRPOConfig):
 
 
 def compare(stats: UpdateStats, micro_batches: list[MicroBatch], fresh: Sequence[bool], cfg: GRPOConfig):
-    """|l_old - l_behaviour| by trajectory (staleness, for the queue) and over the fresh (sampler against
-    scorer)."""
+    """|l_old - l_behaviour| by trajectory (staleness, for the queue) and over fresh ones (trap 5)."""
     stats.off_policy_each = [0.0] * len(fresh)
     fresh_gaps = [torch.zeros(0)]
     for micro in micro_batches:
         for row, old, behaviour, mask in zip(micro.rows, micro.old, micro.behaviour, micro.mask):
             gap = (old - behaviour)[mask].abs().cpu()                                   # (N,)
-            stats.off_policy_each[row] = (gap > math.log(1 + cfg.clip_high)).float().mean().item()
-            fresh_gaps += [gap] * fresh[row]
+            within = gap <= math.log(1 + cfg.clip_high)         # nan is not, so it leaves the queue
+            stats.off_policy_each[row] = 1 - within.float().mean().item()
+            fresh_gaps += [gap[gap.isfinite()]] * fresh[row]
     if len(gap := torch.cat(fresh_gaps)):
         stats.mismatch_mean = gap.mean().item()
         stats.mismatch_p99 = gap.sort().values[int(0.99 * (len(gap) - 1))].item()
@@ -359,8 +358,7 @@ def total(values: dict[str, float], device) -> dict[str, float]:
 
 
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]):
-    """Sum the gradients of all ranks in one message: a sum, for the normaliser is the whole step's
-    already."""
+    """Sum the gradients of all ranks, in one message: the normaliser is that of the whole step already."""
     if world()[1] == 1:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # None: no trajectory
@@ -382,8 +380,7 @@ BOUNDS = (      # (metric, what is wrong about its mean over the last three step
 
 
 def bad_signs(history: Sequence[dict]) -> dict[str, str]:
-    """{metric: what is wrong with it}; now is the mean of its last three steps, then that of its first
-    three."""
+    """{metric: what is wrong}; now is the mean of its last three steps, then that of its first three."""
     found = {}
     for key, wrong, text in BOUNDS:
         values = [m[key] for m in history if m.get(key) is not None]

@@ -1,7 +1,7 @@
 """The policy: a frozen language model, a LoRA adapter on it, and all that depends on the model's size.
 
 Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off), the
-defaults per size and the memory plan. Reading order: Preset, Policy, load_policy, save_adapter, memory,
+defaults per size and the memory plan. Reading order: Preset, Policy, load_policy, save_adapter, memory, fit,
 plan_memory.
 
 QLoRA (arXiv 2305.14314) as built here: the blocks' linear layers in NF4 with double quantisation, embeddings,
@@ -104,8 +104,7 @@ class Policy:
 
 
 def resolve_model(name: str) -> str:
-    """A folder's absolute path or a hub id. tiny: the built-in model; a bare Qwen name: its Instruct
-    version."""
+    """A folder's absolute path or a hub id. tiny: the built-in model; a bare Qwen name: its Instruct."""
     if name == "tiny" or Path(name).is_dir():
         folder = TINY_DIR if name == "tiny" else Path(name).resolve()
         if not (folder / "config.json").is_file():
@@ -170,8 +169,7 @@ def never_repack(model: torch.nn.Module):
 
 
 def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
-    """The adapter in `folder`, trainable. UserError if there is none, or a pickle, or one for another
-    base."""
+    """The adapter in `folder`, trainable. UserError if there is none, a pickle, or one for another base."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -180,29 +178,33 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
-def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, lora_r: int = 16,
-                lora_alpha: int = 32, seed: int = 0, device: str | None = None,
+LORA_R = 16         # rank; alpha is twice that
+
+
+def new_adapter(base: torch.nn.Module, seed: int = 0) -> PeftModel:
+    """A LoRA adapter in fp32 on all linear layers but the head; its B is 0, so it begins as the reference."""
+    lora = LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(base, lora)
+
+
+def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, seed: int = 0,
                 dtype: torch.dtype | None = None) -> Policy:
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
-    quantize: see in_nf4. dtype: of the base, by default bf16 on a GPU and fp32 on the CPU. UserError for
-    whatever a user can get wrong.
+    quantize: see in_nf4. dtype: of the base, by default bf16 on a GPU and fp32 on the CPU. The GPU is torch's
+    current one. UserError for whatever a user can get wrong.
     """
-    name, config = resolve_model(model), model_config(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    on_gpu, parameters = device.type == "cuda", sum(parameter_counts(config))
+    name, config, on_gpu = resolve_model(model), model_config(model), torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    parameters = sum(parameter_counts(config))
     with readable_errors(f"the tokenizer of {name}", HUB_HINT):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=offline(name))
     nf4 = in_nf4(quantize, parameters, on_gpu)
     base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32))
-    if adapter is not None:
-        network = load_adapter(base, Path(adapter))
-    else:
-        lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = get_peft_model(base, lora)      # fp32; its B is 0, so it begins as the reference policy
+    network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed)
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(network.eval(), tokenizer, device, name, preset_for(parameters))
@@ -243,7 +245,7 @@ def model_config(model: str):
         return config
 
 
-def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_r: int = 16) -> dict:
+def memory(config, nf4: bool, slots: int, token_budget: int, context: int) -> dict:
     """{part: GiB (while sampling, in the update)} for a base in NF4 or bf16 and an adapter in fp32.
 
     The activations' factors were measured: a test compares them with the bytes that live in a real update.
@@ -253,7 +255,7 @@ def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_
     blocks = config.num_hidden_layers
     # NF4 with double quantisation: 4 bits, for 64 weights an 8-bit scale, for 256 scales an fp32 one
     weights = linear * (0.5 + 1 / 64 + 4 / (64 * 256) if nf4 else 2) + 2 * embeddings
-    adapter = blocks * lora_r * sum(a + b for a, b in linear_shapes(config))
+    adapter = blocks * LORA_R * sum(a + b for a, b in linear_shapes(config))
     cache = slots * context * blocks * 2 * config.num_key_value_heads * head_size(config) * 2
     one_matrix = 2 * h * i if nf4 else 0                        # dequantised for its product
     sampling = (1024 + slots) * 12 * i + slots * v * 24 + one_matrix       # a chunk of prompt, fp64 sums of p
@@ -283,31 +285,38 @@ class Plan:
         return "\n".join([f"{'memory plan, GiB':<38}{'sampling':>9}{'update':>9}", *rows, chosen])
 
 
-def fit(model: str, room: float, quantize: str, preset: Preset | None) -> Plan | None:
-    """The longest context (the preset's, or halves of it down to 2048), then the most slots and tokens."""
+def fit(model: str, room: float, quantize: str, context: int | None = None, slots: int | None = None,
+        token_budget: int | None = None) -> Plan | None:
+    """What is given stays; the rest is the longest context (the preset's, its half or quarter), then
+    the most slots (one a trajectory of a step), then the most tokens. None if even the least does not fit."""
     config = model_config(model)
     parameters = sum(parameter_counts(config))
-    nf4 = in_nf4(quantize, parameters, on_gpu=True)
-    preset = preset or preset_for(parameters)
+    nf4, preset = in_nf4(quantize, parameters, on_gpu=True), preset_for(parameters)
 
     def fits(slots, tokens, context):
         return max(map(sum, zip(*memory(config, nf4, slots, tokens, context).values()))) <= room
-    context = preset.context_tokens
-    while not fits(1, context, context):
-        if context < 4096:
-            return None
-        context //= 2
-    slots = max(n for n in range(1, preset.groups * preset.group_size + 1) if fits(n, context, context))
-    tokens = max(n for n in range(context, max(16384, context) + 1, 1024) if fits(slots, n, context))
-    return Plan(slots, tokens, context, memory(config, nf4, slots, tokens, context))
+    for context in [context] if context else [preset.context_tokens // n for n in (1, 2, 4)]:
+        least = max(token_budget or 0, context)             # a trajectory longer than the budget goes alone
+        if fits(slots or 1, least, context):
+            slots = slots or max(n for n in range(1, preset.groups * preset.group_size + 1)
+                                 if fits(n, least, context))
+            budget = token_budget or max(n for n in range(context, max(16384, context) + 1, 1024)
+                                         if fits(slots, n, context))
+            return Plan(slots, budget, context, memory(config, nf4, slots, max(budget, context), context))
+    return None
 
 
-def plan_memory(model: str, vram: float, quantize: str = "auto", preset: Preset | None = None) -> Plan:
-    """How to use a card of `vram` GiB, of which 8 % stay free. UserError, saying what fits, if this does
-    not."""
-    if plan := fit(model, 0.92 * vram, quantize, preset):
+def plan_memory(model: str, vram: float, quantize: str = "auto", **given) -> Plan:
+    """How to use a card of `vram` GiB, of which 8 % stay free. given: the context, slots or token_budget that
+    the user asks for; where it is None the plan chooses. UserError, saying what fits, if this does not."""
+    room, given = 0.92 * vram, {name: value for name, value in given.items() if value}
+    if plan := fit(model, room, quantize, **given):
         return plan
-    fitting = [f"{other} in nf4 with a context of {plan.context_tokens} does"
-               for other in (model, *reversed(QWEN25)) if (plan := fit(other, 0.92 * vram, "nf4", None))]
-    raise UserError(f"{model} (--quantize {quantize}) does not fit {vram:g} GiB with 2048 or more tokens of "
-                    f"context; {(fitting or ['no Qwen2.5 model does'])[0]}")
+    others = [(model, quantize, {"context": given.get("context")}), (model, quantize, {}),
+              *((other, "nf4", {}) for other in (model, *reversed(QWEN25)))]
+    fitting = [f"{other} (--quantize {kind}) with {plan.slots} slots, a context of {plan.context_tokens} and "
+               f"micro-batches of {plan.token_budget} tokens does"
+               for other, kind, kept in others if (plan := fit(other, room, kind, **kept))]
+    asked = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
+    raise UserError(f"{model} (--quantize {quantize}) with {asked or '2048 or more tokens of context'} does "
+                    f"not fit {vram:g} GiB; {(fitting or ['no Qwen2.5 model does'])[0]}")

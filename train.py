@@ -21,6 +21,7 @@ Two ideas keep the loop small:
 Departures from the paper: see README.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -64,8 +65,8 @@ SampleQueue = import_sample_queue()
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -77,21 +78,21 @@ class Config:
     resume: bool = option(False, "continue the run in --out")
     steps: int | None = option(None, "optimiser steps after which the run ends")
     seed: int = option(0, "seed of everything")
-    quantize: str = option("auto", "auto, none or nf4")
+    quantize: str = option("auto", "of the base; auto: nf4 on a GPU from 1e9 parameters on", ("auto", "none", "nf4"))
     tools: str | None = option(None, "web, my_tools.py or both with a comma; the built-in tasks bring theirs")
     cache: str = option("live", "of the web: live, record[:FILE] or replay[:FILE]")
     judge: str = option("heuristic", "heuristic, local (the base model), or the URL of an OpenAI-compatible server")
     judge_model: str | None = option(None, "model name at the judge's URL")
-    sandbox: str = option("auto", "auto, bwrap or none: see executor.py")
+    sandbox: str = option("auto", "of the model's code: see executor.py", ("auto", "bwrap", "none"))
     deterministic: bool = option(False, "one thread, fixed order: bit-equal runs on the CPU")
     probe: int = option(0, "sample this many tasks with the untrained model, print whether a run is worth it, end")
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
-    vram: float | None = option(None, "GiB of GPU memory to plan for")
+    vram: float | None = option(None, "GiB of GPU memory: plans context, slots and token budget where not given")
     difficulty: int = option(0, "of the built-in tasks: 0 for the tiny model, 1 to 3 for real ones")
-    loss: str = option("dapo", "dapo, grpo or dr_grpo")
+    loss: str = option("dapo", "advantage, normaliser and clip: see grpo.py", ("dapo", "grpo", "dr_grpo"))
     lr: float | None = option(None, "learning rate")
     warmup: int | None = option(None, "steps of linear warm-up")
-    schedule: str | None = option(None, "after it: constant or cosine")
+    schedule: str | None = option(None, "after the warm-up", ("constant", "cosine"))
     decay_steps: int | None = option(None, "step at which the cosine ends (default: the preset's number of steps)")
     beta: float | None = option(None, "weight of the KL penalty")
     temperature: float = option(1.0, "of sampling, and of every log-prob in the loss")
@@ -116,7 +117,10 @@ class Config:
     show_every: int = option(10, "steps between whole trajectories printed as text")
 
 
-RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every", "vram"}    # may differ on --resume
+RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every",    # may differ on --resume
+             "vram", "slots", "token_budget"}                                   # these only bound memory
+MAY_BE_ZERO = {"steps", "seed", "probe", "difficulty", "warmup", "beta", "queue_size", "replay_share", "max_age",
+               "max_uses", "resample"}
 
 
 def parse_args(argv=None) -> tuple[Config, set[str]]:
@@ -129,8 +133,11 @@ def parse_args(argv=None) -> tuple[Config, set[str]]:
             parser.add_argument(name, action="store_true", help=text)
         else:
             kind = f.type if isinstance(f.type, type) else get_args(f.type)[0]
-            parser.add_argument(name, type=kind, help=text.replace("%", "%%"))
+            parser.add_argument(name, type=kind, help=text, choices=f.metadata["choices"])
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and (value < 0 or value == 0 and name not in MAY_BE_ZERO):
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be more than 0")
     return Config(**given), set(given)
 
 
@@ -163,7 +170,7 @@ class Run:
     out: Path
     rank: int = 0
     size: int = 1
-    places: int = 0                                  # groups of a batch on this rank
+    places: int = 1                                  # groups of a batch on this rank
     started: float = field(default_factory=time.monotonic)
 
     step: int = 0
@@ -180,6 +187,11 @@ class Run:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def hard(self) -> tuple[str, ...]:
+        """Families reported apart; none in --data, whatever its families are called."""
+        return () if self.cfg.data else HARD
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -287,7 +299,8 @@ def update(run: Run, fresh: list[Group], replayed: list[queue.Entry], clock: Clo
         parameter_group["lr"] = learning_rate(run.cfg, run.step)
     batch = [pair for group in groups for pair in group.batch()]
     is_fresh = [group.step == run.step for group in groups for _ in group.batch()]
-    stats = grpo_update(run.policy, run.optimizer, batch, grpo_config(run.cfg), is_fresh, seed=run.step)
+    with run.bar(len(batch) * run.cfg.epochs, f"step {run.step}: update") as bar:
+        stats = grpo_update(run.policy, run.optimizer, batch, grpo_config(run.cfg), is_fresh, run.step, bar)
     run.cfg.token_budget = stats.token_budget                    # lower after an out-of-memory
     for note in stats.notes:
         tqdm.write(f"  step {run.step}, process {run.rank}: {note}")
@@ -324,7 +337,7 @@ def finish_step(run: Run):
     run.pending["seconds_total"] = round(run.elapsed(), 2)
     run.history.append(run.pending)
     if run.main:
-        append(run.out / "metrics.jsonl", [run.pending])
+        append(run, "metrics.jsonl", [run.pending])
     show_step(run)
     run.pending = None
 
@@ -347,9 +360,9 @@ def everyone(run: Run, value) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
-NUMBERS = ("reward", "accuracy", "exec_rate", "turns", "entropy", "kl", "clip_fraction", "off_policy", "loss",
-           "grad_norm", "mismatch_mean", "mismatch_p99", "signal_share", "replayed", "judge_failed", "judge_unsure",
-           "cut_share", "queue_size", "queue_age", "lr", "tokens_per_second", "seconds")
+UPDATE_NUMBERS = ("entropy", "kl", "clip_fraction", "off_policy", "loss", "grad_norm", "mismatch_mean", "mismatch_p99")
+NUMBERS = ("reward", "accuracy", "exec_rate", "turns", *UPDATE_NUMBERS, "signal_share", "replayed", "judge_failed",
+           "judge_unsure", "cut_share", "queue_size", "queue_age", "lr", "tokens_per_second", "seconds")
 
 
 def step_metrics(run: Run, groups, fresh, replayed, stats, clock: Clock) -> dict:
@@ -364,9 +377,7 @@ def step_metrics(run: Run, groups, fresh, replayed, stats, clock: Clock) -> dict
     mine = {"step": run.step, "reward": mean(r.total for _, r in valid),
             "accuracy": mean(float(r.answer == 1) for _, r in valid),
             "exec_rate": mean(r.execution for _, r in valid), "turns": mean(len(t.steps) for t, _ in pairs),
-            "entropy": stats.entropy, "kl": stats.kl, "clip_fraction": stats.clip_fraction,
-            "off_policy": stats.off_policy, "loss": stats.loss, "grad_norm": stats.grad_norm,
-            "mismatch_mean": stats.mismatch_mean, "mismatch_p99": stats.mismatch_p99,
+            **{name: getattr(stats, name) for name in UPDATE_NUMBERS},
             "signal_share": len(fresh) / len(groups), "replayed": len(replayed),
             "judge_failed": len(pairs) - len(valid), "judge_unsure": sum(r.unsure for _, r in pairs),
             "cut_share": mean(t.stop_reason in ("length", "context_limit") for t, _ in pairs),
@@ -394,7 +405,7 @@ def evaluate(run: Run, full: bool) -> dict:
     quick, some8 = every(4, run.heldout), every(8, run.heldout)
     tasks = run.heldout if full else quick
     plans = [("greedy", tasks, 0.0, 1), ("sampled", tasks, 1.0, 1)] + [("pass@8", some8, 1.0, 8)] * full
-    families: dict[str, dict] = {}
+    families = {name: {"n": sum(t.family == name for t in tasks)} for name in dict.fromkeys(t.family for t in tasks)}
     right: dict[str, dict[str, float]] = {}
     for name, some, temperature, samples in plans:
         mine = some[run.rank::run.size]
@@ -405,16 +416,15 @@ def evaluate(run: Run, full: bool) -> dict:
         scores = {task.id: float(any(r.answer == 1 for r in rewards[i * samples:(i + 1) * samples]))
                   for i, task in enumerate(mine)}
         right[name] = {k: v for part in everyone(run, scores) for k, v in part.items()}
-        for family in dict.fromkeys(task.family for task in some):
-            families.setdefault(family, {})[name] = fmean(right[name][t.id] for t in some if t.family == family)
-            families[family].setdefault("n", sum(t.family == family for t in tasks))
+        for family in families:
+            families[family][name] = fmean(right[name][t.id] for t in some if t.family == family)
 
     def mean(name, some, hard=False):
-        chosen = [right[name][t.id] for t in some if (t.family in HARD) == hard]
+        chosen = [right[name][t.id] for t in some if (t.family in run.hard) == hard]
         return round(fmean(chosen), 4) if chosen else None
     found = {"heldout_greedy": mean("greedy", tasks), "heldout_sampled": mean("sampled", tasks),
              "heldout_hard": mean("greedy", tasks, hard=True), "heldout_hard_sampled": mean("sampled", tasks, True),
-             "heldout_n": sum(t.family not in HARD for t in tasks), "heldout_families": families,
+             "heldout_n": sum(t.family not in run.hard for t in tasks), "heldout_families": families,
              "heldout_quick": mean("greedy", quick) + mean("sampled", quick)}
     if full:
         found |= {"heldout_pass8": mean("pass@8", some8), "heldout_hard_pass8": mean("pass@8", some8, hard=True)}
@@ -443,12 +453,12 @@ def show_step(run: Run):
     m = run.pending
     if run.step:
         f = {k: float("nan") if m.get(k) is None else m[k] for k in NUMBERS}
-        run.say("step {step:3d} | reward {reward:.3f} accuracy {accuracy:.3f} code ran {exec_rate:.2f} turns {turns:.1f} | "
-                "entropy {entropy:.3f} kl {kl:.4f} clip {clip_fraction:.3f} off-policy {off_policy:.3f} | "
-                "signal {signal_share:.2f} queue {queue_size:.0f} (age {queue_age:.1f}, {replayed:.0f} replayed) "
-                "online {online} | {tokens_per_second:.0f} tok/s, seconds: sampling {s:.1f} tools {t:.1f} update {u:.1f}"
-                .format(step=run.step, online=m["online_trajectories"], s=m["seconds_sampling"],
-                        t=m["seconds_tools"], u=m["seconds_update"], **f))
+        run.say("step {step:3d} | reward {reward:.3f} accuracy {accuracy:.3f} code ran {exec_rate:.2f} "
+                "turns {turns:.1f} | entropy {entropy:.3f} kl {kl:.4f} clip {clip_fraction:.3f} "
+                "off-policy {off_policy:.3f} | signal {signal_share:.2f} queue {queue_size:.0f} "
+                "(age {queue_age:.1f}, {replayed:.0f} replayed) online {online_trajectories} | "
+                "{tokens_per_second:.0f} tok/s, seconds: sampling {seconds_sampling:.1f} "
+                "tools {seconds_tools:.1f} update {seconds_update:.1f}".format(**m | f))
         for warning in warnings_for(run.history):
             run.say(f"  warning: {warning}")
     if "heldout_greedy" in m:
@@ -476,7 +486,7 @@ def write_trajectories(run: Run, groups: list[Group]):
             for g in groups for i, (t, r) in enumerate(zip(g.trajectories, g.rewards))]
     for part in everyone(run, rows):
         if run.main:
-            append(run.out / "trajectories.jsonl", part)
+            append(run, "trajectories.jsonl", part)
     if run.step % run.cfg.show_every == 1 or run.cfg.show_every == 1:
         run.say(as_text(groups[0].task, groups[0].trajectories[0], groups[0].rewards[0]))
 
@@ -487,11 +497,11 @@ def report(run: Run):
     rows = [("family", "n", "greedy", "", "sampled", "", "pass@8", "")]
     for family, a in after["heldout_families"].items():
         b = before["heldout_families"][family]
-        rows.append((family + (" (hard)" if family in HARD else ""), a["n"],
+        rows.append(((family or "(no family)") + " (hard)" * (family in run.hard), a["n"],
                      *(x for name in ("greedy", "sampled", "pass@8") for x in (b[name], a[name]))))
     rows.append(("ALL CORE", after["heldout_n"], before["heldout_greedy"], after["heldout_greedy"],
                  before["heldout_sampled"], after["heldout_sampled"], before["heldout_pass8"], after["heldout_pass8"]))
-    run.say("\nheld-out accuracy, before -> after (entities never seen in training)")
+    run.say("\nheld-out accuracy, before -> after" + " (entities never seen in training)" * (not run.cfg.data))
     for row in rows:
         cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in row]
         run.say(f"{cells[0]:24s} {cells[1]:>4s}   {cells[2]:>6s} -> {cells[3]:<6s} {cells[4]:>7s} -> {cells[5]:<6s} "
@@ -513,13 +523,21 @@ PER_TOKEN = ("ids", "mask", "logps")                 # of a trajectory: stored a
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 
 
-def append(path: Path, rows: list[dict]):
+@contextlib.contextmanager
+def writing(out: Path, part: Path | None = None):
+    """What a full disk or a forbidden folder raises, as one line; the unfinished folder `part` is removed."""
     try:
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}); make room, then python train.py --resume --out "
-                        f"{path.parent}: it cuts the file back to the last checkpoint") from error
+        yield
+    except (OSError, SafetensorError) as error:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"cannot write ({error}); the last checkpoint is whole: make room, then python train.py "
+                        f"--resume --out {out}") from error
+
+
+def append(run: Run, name: str, rows: list[dict]):
+    with writing(run.out), (run.out / name).open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_synced(path: Path, text: str):
@@ -537,46 +555,37 @@ def save(run: Run):
     """
     states = run.out / "state"
     part, whole = states / "partial", states / f"step-{run.step:06d}"
-    if run.main:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    everyone(run, "the folder is there")
-    try:
+    with writing(run.out, part):
+        if run.main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        everyone(run, "the folder is there")
         tensors, entries = pack_queue(run.queue)
         save_file(tensors, part / f"queue-{run.rank}.safetensors")
         write_synced(part / f"queue-{run.rank}.json", json.dumps(entries))
         if run.main:
-            save_file(get_peft_model_state_dict(run.policy.model), part / "adapter_model.safetensors")
+            weights = get_peft_model_state_dict(run.policy.model, save_embedding_layers=False)    # "auto" asks the hub
+            save_file(weights, part / "adapter_model.safetensors")
             tensors, scalars = pack_optimizer(run.optimizer)
             save_file(tensors, part / "optimizer.safetensors")
             state = {name: getattr(run, name) for name in PROGRESS}
             state |= {"seconds": run.elapsed(), "cpu_seconds": cpu_seconds(run), "optimizer": scalars,
-                      "ranks": run.size, "logs": {name: log_size(run.out / name) for name in LOGS}}
+                      "ranks": run.size, "logs": {path.name: path.stat().st_size if path.exists() else 0
+                                                  for path in (run.out / name for name in LOGS)}}
             write_synced(part / "state.json", json.dumps(state))
         everyone(run, "all is written")
         if run.main:
-            shutil.rmtree(whole, ignore_errors=True)
             part.rename(whole)
-            publish(whole / "adapter_model.safetensors", run.out)
+            publish(run, whole, run.out)
             for old in sorted(states.glob("step-*"))[:-2]:
                 shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot save step {run.step} ({error}); the checkpoint before it is whole: make room, then "
-                        f"python train.py --resume --out {run.out}") from error
 
 
-def log_size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def publish(weights: Path, folder: Path):
-    """Replace the adapter's weights in `folder` by `weights`, in one step."""
-    try:
-        shutil.copyfile(weights, folder / "adapter.partial")
+def publish(run: Run, state: Path, folder: Path):
+    """Replace the adapter's weights in `folder` by those of a checkpoint, in one step."""
+    with writing(run.out):
+        shutil.copyfile(state / "adapter_model.safetensors", folder / "adapter.partial")
         os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
-    except OSError as error:
-        raise UserError(f"cannot write {folder} ({error}); the checkpoint is whole: make room, then --resume") from error
 
 
 def keep_best(run: Run):
@@ -584,7 +593,7 @@ def keep_best(run: Run):
     if run.pending["heldout_quick"] > run.best:
         run.best = run.pending["heldout_quick"]
         if run.main:
-            publish(run.out / "state" / f"step-{run.step:06d}" / "adapter_model.safetensors", run.out / "best")
+            publish(run, latest_state(run.out), run.out / "best")
 
 
 def pack_queue(sample_queue: SampleQueue) -> tuple[dict, dict]:
@@ -614,9 +623,13 @@ def unpack_queue(tensors: dict, packed: dict) -> dict:
 
 
 def pack_optimizer(optimizer) -> tuple[dict, dict]:
-    """(tensors, scalars) of the optimiser's state, named parameter.key; works for torch's and bitsandbytes' AdamW."""
-    flat = {f"{p}.{k}": v for p, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
-    tensors = {k: v.contiguous().cpu() for k, v in flat.items() if isinstance(v, torch.Tensor)}
+    """(tensors, scalars) of the optimiser's state, named parameter.key; works for torch's and bitsandbytes' AdamW.
+
+    Not of its state_dict(): in that of bitsandbytes the 8-bit tensors are nested. They also share one code book.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = {f"{i}.{k}": v for i, p in enumerate(parameters) for k, v in optimizer.state.get(p, {}).items()}
+    tensors = {k: v.cpu().contiguous().clone() for k, v in flat.items() if isinstance(v, torch.Tensor)}
     return tensors, {k: v for k, v in flat.items() if k not in tensors}
 
 
@@ -652,7 +665,7 @@ def restore(run: Run):
         for name, size in state["logs"].items():
             if (run.out / name).exists():
                 os.truncate(run.out / name, size)
-        publish(folder / "adapter_model.safetensors", run.out)
+        publish(run, folder, run.out)
     everyone(run, "the logs are cut")
     if (run.out / "metrics.jsonl").exists():
         run.history = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
@@ -668,6 +681,8 @@ def resumed(cfg: Config, given: set[str]) -> Config:
         if getattr(cfg, name) != old[name]:
             raise UserError(f"--resume: the run in {cfg.out} was started with --{name.replace('_', '-')} {old[name]}, "
                             f"not {getattr(cfg, name)}; only --steps, --max-hours and the like may change")
+    if "vram" in given:                                      # another card: what only bounds memory is planned again
+        old |= {"slots": None, "token_budget": None}
     return Config(**{**old, **{name: getattr(cfg, name) for name in given}})
 
 
@@ -683,7 +698,8 @@ def make_room(out: Path):
 
 
 def split_tasks(cfg: Config, tasks: list[Task] | None) -> tuple[list[Task], list[Task]]:
-    """(training, held-out) tasks, of --data if given, else built-in ones. Of --data a tenth, at most eval_tasks, is held out, chosen by a fixed shuffle."""
+    """(training, held-out) tasks: built-in ones, or those of --data. Of these a tenth is held out, at most
+    eval_tasks, chosen by a fixed shuffle."""
     if tasks is None:
         heldout = [t for family in CORE + HARD
                    for t in builtin_tasks("heldout", cfg.eval_tasks, 0, (family,), cfg.difficulty)]
@@ -695,13 +711,12 @@ def split_tasks(cfg: Config, tasks: list[Task] | None) -> tuple[list[Task], list
     return tasks[n:], tasks[:n]
 
 
-def fill_from_preset(cfg: Config, preset) -> Config:
-    values = asdict(cfg)
-    for f in fields(preset):
-        if f.name in values and values[f.name] is None:
-            values[f.name] = getattr(preset, f.name)
-    values["decay_steps"] = values["decay_steps"] or preset.steps
-    return Config(**values)
+def fill_from_preset(cfg: Config, preset):
+    """What was not given comes from the model's size."""
+    for f in fields(cfg):
+        if getattr(cfg, f.name) is None:
+            setattr(cfg, f.name, getattr(preset, f.name, None))
+    cfg.decay_steps = cfg.decay_steps or preset.steps
 
 
 def grpo_config(cfg: Config) -> GRPOConfig:
@@ -715,22 +730,20 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     rank, size = world()
     if cfg.resume:
         cfg = resumed(cfg, given)
-    if cfg.loss not in ("dapo", "grpo", "dr_grpo") or cfg.schedule not in (None, "constant", "cosine"):
-        raise UserError("--loss is dapo, grpo or dr_grpo; --schedule is constant or cosine")
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     data = read_jsonl(Path(cfg.data)) if cfg.data else None   # bad data is said before the model takes its minutes
     loaded = load_tools(cfg.tools, open_web(cfg.cache)) if cfg.tools else []
     if cfg.vram is not None:
-        plan = plan_memory(cfg.model, cfg.vram, cfg.quantize)
-        print(plan)
-        for name in ("slots", "token_budget", "context_tokens"):
-            setattr(cfg, name, getattr(cfg, name) or getattr(plan, name))
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if size > 1 and torch.cuda.is_available() else None
-    policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed, device=device)
-    cfg = fill_from_preset(cfg, policy.preset)
+        plan = plan_memory(cfg.model, cfg.vram, cfg.quantize, context=cfg.context_tokens, slots=cfg.slots,
+                           token_budget=cfg.token_budget)
+        cfg.context_tokens, cfg.slots, cfg.token_budget = plan.context_tokens, plan.slots, plan.token_budget
+        if rank == 0:
+            print(plan)
+    policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed)
+    fill_from_preset(cfg, policy.preset)
     if cfg.deterministic or policy.preset.prompt == "short":
-        torch.set_num_threads(1)                              # for the tiny model the fastest, and leaves the sandbox a core
+        torch.set_num_threads(1)                              # the tiny model's fastest; leaves the sandbox a core
     if cfg.groups % size:
         raise UserError(f"--groups {cfg.groups} cannot be shared by {size} processes")
     builtin = BUILTIN_TOOLS if not cfg.data or policy.preset.prompt == "short" else []    # the tiny model knows these
@@ -738,8 +751,8 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
     judge = Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts)
     run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor, judge, tools, *split_tasks(cfg, data),
-              SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses), Path(cfg.out), rank, size)
-    run.places = cfg.groups // size
+              SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses), Path(cfg.out), rank, size,
+              places=cfg.groups // size)
     if cfg.resume:
         restore(run)
     elif not cfg.probe:
@@ -750,12 +763,14 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
 def begin(run: Run):
     """The folder of a fresh run, with all that evaluation and --resume need; step 0 is its first checkpoint."""
     if run.main:
-        make_room(run.out)
-        for folder in (run.out, run.out / "best"):
-            save_adapter(run.policy, folder)
-            write_synced(folder / "run.json", json.dumps(
-                {"config": asdict(run.cfg), "model": run.policy.name, "prompt": run.policy.preset.prompt,
-                 "tools": run.cfg.tools, "quantize": run.cfg.quantize, "sampling": asdict(run.sampling(0.0))}, indent=1))
+        with writing(run.out):
+            make_room(run.out)
+            for folder in (run.out, run.out / "best"):           # run.json first: by it make_room knows a run
+                write_synced(folder / "run.json", json.dumps(
+                    {"config": asdict(run.cfg), "model": run.policy.name, "prompt": run.policy.preset.prompt,
+                     "tools": run.cfg.tools, "quantize": run.cfg.quantize, "sampling": asdict(run.sampling(0.0))},
+                    indent=1))
+                save_adapter(run.policy, folder)
     run.pending = dict.fromkeys(NUMBERS) | {"step": 0, "online_trajectories": 0}
     save(run)
 
@@ -771,19 +786,25 @@ def probe(run: Run):
         n = counts.count(right)
         run.say(f"  {right:2d}  {n:4d}  {'#' * math.ceil(50 * n / len(counts))}")
     trajectories = [t for g in groups for t in g.trajectories]
-    step_share = run.cfg.groups / run.cfg.probe
-    clock.lap("judging")
+    step_share = run.places / run.cfg.probe
     batch = [pair for g in signal for pair in g.batch()]
     run.say(f"groups with signal {len(signal) / len(groups):.2f}, tokens a trajectory "
             f"{fmean(len(t.ids) for t in trajectories):.0f} (sampled {fmean(sum(t.mask) for t in trajectories):.0f})")
-    if batch:
-        grpo_update(run.policy, run.optimizer, batch, grpo_config(run.cfg))    # this process ends: nothing is kept
-        clock.lap("update")
+    grpo_update(run.policy, run.optimizer, batch, grpo_config(run.cfg))    # this process ends: nothing is kept
+    clock.lap("update")
     hours = {phase: clock[phase] * step_share * run.cfg.steps / 3600 for phase in ("sampling", "judging", "update")}
     run.say(f"a run of {run.cfg.steps} steps: " + ", ".join(f"{k} {v:.2f} h" for k, v in hours.items())
             + f", in all {sum(hours.values()):.2f} h, evaluations apart")
     if len(signal) / len(groups) < 0.2:
         run.say("few groups carry signal: choose tasks that the model solves sometimes (see --difficulty)")
+
+
+def join_processes():
+    """Each process to its own GPU. Gradients travel by nccl; what `everyone` says is on the CPU: gloo. A process that
+    fails exits at once, and torchrun then ends the others, who may be waiting for it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def main(argv=None) -> int:
@@ -792,16 +813,23 @@ def main(argv=None) -> int:
     try:
         cfg, given = parse_args(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            join_processes()
         with Executor(cfg.sandbox) as executor:
             run = start(cfg, given, executor)
             run.say("configuration: " + json.dumps(asdict(run.cfg)) + f"\nmodel {run.policy.name}, sandbox "
                     f"{executor.sandbox}, {len(run.tasks)} training and {len(run.heldout)} held-out tasks")
-            probe(run) if cfg.probe else train(run)
-        if not cfg.probe:
-            report(run)
+            if cfg.probe:
+                probe(run)
+            else:
+                train(run)
+                report(run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).partition('. ')[0]}); the last checkpoint is whole: python "
+              f"train.py --resume --out {cfg.out} with fewer --slots, a smaller --token-budget, or --vram GIB, which "
+              "plans both", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; nothing is lost: python train.py --resume --out {cfg.out}", file=sys.stderr)

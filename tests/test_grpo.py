@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import grpo
 from grpo import GRPOConfig, group_advantages, grpo_loss, normalisers, token_logps, update, warnings_for
@@ -358,8 +359,10 @@ def test_what_was_cut_leaves_the_loss(folders):
 
 def test_several_steps_share_one_l_old(folders):
     cfg = GRPOConfig(minibatches=3, epochs=2)
-    grads, stats, _ = run_update(folders[True], cfg)
-    assert len(grads) == stats.optimiser_steps == 6
+    with tqdm(disable=True) as bar:
+        bar.update = (counted := []).append
+        grads, stats, _ = run_update(folders[True], cfg, progress=bar)
+    assert len(grads) == stats.optimiser_steps == 6 and sum(counted) == 2 * 12
     assert stats.tokens == 2 * run_update(folders[True], GRPOConfig())[1].tokens
     assert stats.clip_fraction > 0 and stats.mismatch_mean < 1e-5  # r moves away from 1; l_old does not move
     assert run_update(folders[True], GRPOConfig())[1].clip_fraction == 0  # one step: r is 1
@@ -409,7 +412,25 @@ def test_a_nan_skips_the_step_and_names_the_trajectory(folders):
     assert len(stats.notes) == 1 and "task1 sample 2" in stats.notes[0] and "task0" not in stats.notes[0]
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
     assert not optimizer.state
+    assert stats.off_policy_each[6] > 0 and stats.mismatch_mean < 1e-5  # so the queue drops it; no nan in the log
     assert update(policy, optimizer, batch, GRPOConfig()).optimiser_steps == 1
+
+
+def test_a_nan_of_the_reference_is_named_and_one_outside_of_the_mask_is_not(folders, monkeypatch):
+    policy = stirred(folders[True])
+    batch = make_batch(policy)
+    for t, _ in batch:
+        t.logps[0] = math.nan  # forced: nobody reads it
+    real, calls = grpo.token_logps, []
+
+    def sick_reference(model, ids, *rest):
+        calls.append(ids)
+        logp, entropy = real(model, ids, *rest)
+        return (logp * math.nan if len(calls) == 1 else logp), entropy
+    monkeypatch.setattr(grpo, "token_logps", sick_reference)
+    stats = update(policy, Keep(policy.trainable()), batch, GRPOConfig(token_budget=1))
+    longest = max((t for t, _ in batch), key=lambda t: len(t.ids))
+    assert len(stats.notes) == 1 and stats.notes[0].endswith(f" is {longest.task_id} sample {longest.sample}")
 
 
 @pytest.mark.parametrize("failing_call", [0, 4, 7, 9])  # of 6: scoring; then in the first and in the second step
@@ -432,6 +453,31 @@ def test_an_out_of_memory_is_tried_again_with_half_and_loses_nothing(folders, mo
     assert stats.optimiser_steps == 2 and stats.tokens == clean.tokens
     for a, b in zip(policy.trainable(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_one_out_of_memory_halves_all_minibatches_once(folders, monkeypatch):
+    """On a card that really is too small, the second minibatch and the second pass must not fail again."""
+    cfg = GRPOConfig(minibatches=3, epochs=2, token_budget=240)
+    _, clean, expected = run_update(folders[True], cfg)
+    real, state = grpo.token_logps, torch.get_rng_state()
+
+    def small_card(model, ids, *rest):
+        if ids.numel() > 140:
+            raise torch.OutOfMemoryError("scripted: a CPU cannot be made to raise it")
+        return real(model, ids, *rest)
+    policy = stirred(folders[True])
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=0.0)
+    batch = make_batch(policy)
+    monkeypatch.setattr(grpo, "token_logps", small_card)
+    stats = update(policy, optimizer, batch, cfg)
+    assert len(stats.notes) == 1 and stats.token_budget == 120
+    assert {int(values["step"]) for values in optimizer.state.values()} == {6} and stats.optimiser_steps == 6
+    assert torch.equal(torch.get_rng_state(), state)
+    stats = update(policy := stirred(folders[True]), Keep(policy.trainable()), batch, cfg)
+    for a, b in zip(policy.trainable(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for name in ("loss", "kl", "entropy", "grad_norm", "tokens", "optimiser_steps", "off_policy_each"):
+        assert getattr(stats, name) == pytest.approx(getattr(clean, name), rel=1e-4, abs=1e-6), name
 
 
 def test_a_second_out_of_memory_is_not_hidden(folders, monkeypatch):

@@ -274,10 +274,31 @@ def test_the_plan_fits_and_uses_the_card():
     assert plan_memory("Qwen2.5-7B", 12).context_tokens == 4096  # halved: 8k does not fit there
 
 
+def test_the_plan_is_made_for_what_was_asked():
+    def peak(plan):
+        return max(sum(column) for column in zip(*plan.parts.values()))
+    free = plan_memory("Qwen2.5-7B", 24)
+    for given in ({"slots": 3}, {"token_budget": 9000}, {"context": 16384}, {"context": 4096, "slots": 20},
+                  {"context": 6000, "slots": 2, "token_budget": 6000}):  # fmt: skip
+        plan = plan_memory("Qwen2.5-7B", 24, **given)
+        chosen = {"context": plan.context_tokens, "slots": plan.slots, "token_budget": plan.token_budget}
+        assert given.items() <= chosen.items() and peak(plan) <= 0.92 * 24
+    assert plan_memory("Qwen2.5-7B", 24, context=16384).slots < free.slots
+    assert plan_memory("Qwen2.5-7B", 24, context=None, slots=None, token_budget=None) == free
+    # a budget below the context bounds nothing: a longer trajectory goes through alone
+    parts = plan_memory("Qwen2.5-7B", 24, context=8192, slots=1, token_budget=100).parts
+    assert parts == memory(model_config("Qwen2.5-7B"), True, slots=1, token_budget=8192, context=8192)
+
+
 def test_what_cannot_fit_is_refused_with_what_would():
-    with pytest.raises(UserError, match="Qwen2.5-14B.*12 GiB.*Qwen2.5-7B in nf4 with a context of 4096"):
+    with pytest.raises(UserError, match="Qwen2.5-14B.*12 GiB.*Qwen2.5-7B .*nf4.* a context of 4096"):
         plan_memory("Qwen2.5-14B", 12)
-    with pytest.raises(UserError, match="Qwen2.5-7B in nf4"):
+    with pytest.raises(UserError, match="Qwen2.5-7B .*nf4"):
         plan_memory("Qwen2.5-7B", 14, "none")
     with pytest.raises(UserError, match="no Qwen2.5 model"):
         plan_memory("Qwen2.5-7B", 1)
+    for given, words in ({"slots": 60, "context": 8192}, "slots 60.*with [0-9]+ slots, a context of 8192"), (
+            {"context": 200_000}, "context 200000.*a context of 8192"), ({"token_budget": 10**6}, "token budget"):
+        with pytest.raises(UserError, match=words) as caught:
+            plan_memory("Qwen2.5-7B", 24, **given)
+        assert "\n" not in str(caught.value)

@@ -155,7 +155,7 @@ def test_pytest_both_ways(command, tmp_path):
 def test_torchrun(tmp_path):
     script = tmp_path / "under_torchrun.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + IMPORT_TRAIN)
-    out = python("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", script)
+    out = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
     assert out.count("fine") == 2
 
 
