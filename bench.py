@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +41,13 @@ class Workload:
     observed: tuple[int, int]   # tokens an observation, log-uniform
     prompt: int                 # tokens, shared by a group of 8
     context: int
+    slots: tuple[int, ...]      # that the engine is measured with
 
 
-WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048),
-             ("w", True): Workload(2, 3, (10, 40), (20, 60), 200, 512),
-             ("w2", False): Workload(2, 6, (50, 400), (100, 2000), 1500, 8192),
-             ("w2", True): Workload(1, 3, (20, 100), (50, 500), 400, 2048)}
+WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048, (32, 64)),
+             ("w", True): Workload(2, 3, (10, 40), (20, 60), 200, 512, (4, 8)),
+             ("w2", False): Workload(1, 6, (50, 400), (100, 2000), 1500, 8192, (4, 8)),
+             ("w2", True): Workload(1, 3, (20, 100), (50, 500), 400, 2048, (4, 8))}
 SMALL = Qwen2Config(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                     intermediate_size=1024, vocab_size=8192, tie_word_embeddings=True)
 
@@ -199,11 +200,12 @@ def bench_rollout(args) -> dict:
     work = WORKLOADS[args.workload, args.quick]
     model = random_model(args.model_config, "cuda" if gpu else "cpu")
     print(f"workload {args.workload}: {work}\nmodel {args.model_config}, {model.device}, one thread")
-    slots = (4, 8) if args.quick else (1, 16, 64, 128) if gpu else (32, 64)
+    if gpu and not args.quick:
+        work = replace(work, groups=16, slots=(1, 16, 64, 128))
     run_engine(model, WORKLOADS["w", True], 4)          # warm up
-    runs = [run_engine(model, work, n) for n in slots]
+    runs = [run_engine(model, work, n) for n in work.slots]
     naive = run_oracle(model, work, 16)                 # its best batch here of 8, 16, 32 and 64
-    late = run_engine(model, work, slots[-1], latency=(0.1, 1.0))
+    late = run_engine(model, work, work.slots[-1], latency=(0.1, 1.0))
     for run in runs:
         run["speedup"] = run["tokens_per_s"] / naive["tokens_per_s"]
         if gpu:
@@ -332,7 +334,7 @@ def bench_real_shape(args) -> dict:
     for tokens in (256,) if args.quick else (4096, 8192):
         plan = memory(network.config, True, slots, tokens, tokens)
         del plan["runtime: CUDA context, fragmentation"]
-        work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens)
+        work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens, (slots,))
         batch, cfg = random_batch(vocabulary, [tokens] * 2), grpo.GRPOConfig(token_budget=tokens)
         for column, (phase, run) in enumerate({
                 "sampling": lambda: run_engine(network, work, slots)["seconds"],
