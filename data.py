@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from reward import clean
-from tasks import Task, read_gaia, read_jsonl
-from tools import OneLineParser, UserError
+from tasks import Task, read_gaia, read_jsonl, read_rows
+from tools import OneLineParser, UserError, exit_status
 from web import ngrams
 
 VOLATILE = re.compile(
@@ -102,12 +102,13 @@ def pair_of(record: dict, folder: Path) -> Task:
 def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
     """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without
     duplicates."""
-    text = file.read_text("utf-8")
     try:
-        lines = [line for line in text.splitlines() if line.strip()]
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        text = file.read_text("utf-8")
+        records = json.loads(text) if text.lstrip().startswith("[") else [row for _, row in read_rows(file)]
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
     tasks, dropped, seen, ids = [], Counter(), set(), Counter()
     for number, record in enumerate(records):
         try:
@@ -214,12 +215,7 @@ def main(argv=None) -> int:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--gaia-dir", help="check against this copy of GAIA's validation split")
     p.add_argument("--remove-overlap", action="store_true", help="leave out what the check flags")
-    try:
-        run(p.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(p.parse_args(argv)))
 
 
 if __name__ == "__main__":

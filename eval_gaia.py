@@ -34,7 +34,7 @@ from policy import Policy, load_policy
 from reward import Judge, Reward, clean, compute_rewards, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
-from tools import (NEEDS, Call, OneLineParser, Tool, UserError, load_tools, open_web, preflight,
+from tools import (NEEDS, Call, OneLineParser, Tool, UserError, exit_status, load_tools, open_web, preflight,
                    prompt_text)
 from web import Web
 
@@ -154,16 +154,13 @@ def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
 def chunks(missing: list[tuple[int, Task]], size: int):
     """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their
     question."""
-    waiting = list(missing)
-    while waiting:
-        sample, taken, questions = waiting[0][0], [], set()
-        for s, task in waiting:
-            if s == sample and task.question not in questions and len(taken) < size:
-                taken.append(task)
-                questions.add(task.question)
-        ids = {t.id for t in taken}
-        waiting = [(s, t) for s, t in waiting if s != sample or t.id not in ids]
-        yield sample, taken
+    for sample in sorted({s for s, _ in missing}):
+        waiting = [t for s, t in missing if s == sample]
+        while waiting:
+            one_each = {t.question: t for t in reversed(waiting)}
+            taken = [t for t in waiting if one_each[t.question] is t][:size]
+            yield sample, taken
+            waiting = [t for t in waiting if t not in taken]
 
 
 def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
@@ -277,38 +274,46 @@ def printed(result: dict, samples: int) -> str:
         + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
 
 
-def compare(base: Path, trained: Path) -> dict:
-    """Two evaluations of the same questions, paired. UserError if they are not of the same questions."""
-    sides = []
-    for path in (base, trained):
-        file = path / "trajectories.jsonl" if path.is_dir() else path
-        if not (records := read_records(file)):
-            raise UserError(f"--compare: {file} holds no evaluation")
-        scores = defaultdict(list)
-        for r in records:
+def evaluation_in(path: Path) -> tuple[dict[str, list[bool]], dict]:
+    """(question -> the official score of each sample, settings) of an evaluation's folder or file."""
+    file = path / "trajectories.jsonl" if path.is_dir() else path
+    scores, stored = defaultdict(list), file.with_name("settings.json")
+    try:
+        for r in sorted(read_records(file), key=lambda r: r["sample"]):    # a retried one was written late
             scores[r["task_id"]].append(r["official"])
-        sides.append(scores)
-    a, b = sides
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--compare: {file}: not a file of eval_gaia.py: {error!r}") from error
+    if not scores:
+        raise UserError(f"--compare: {file} holds no evaluation")
+    return scores, json.loads(stored.read_text()) if stored.is_file() else {}
+
+
+def compare(base: Path, trained: Path) -> dict:
+    """Two evaluations, paired. UserError if they are not of the same questions; settings beside the model that
+    differ are named, because they may explain a difference, too."""
+    (a, old), (b, new) = evaluation_in(base), evaluation_in(trained)
     if set(a) != set(b):
         raise UserError(f"--compare: the questions differ: {len(set(a) - set(b))} only in {base}, "
-                        f"{len(set(b) - set(a))} only in {trained}")
+                        f"{len(set(b) - set(a))} only in {trained}; the command of either does what it lacks")
     gained = sorted(t for t in a if b[t][0] and not a[t][0])
     lost = sorted(t for t in a if a[t][0] and not b[t][0])
     differences = [fmean(b[t]) - fmean(a[t]) for t in sorted(a)]
     return {"n": len(a), "base": fmean(map(fmean, a.values())), "trained": fmean(map(fmean, b.values())),
             "difference": fmean(differences), "bootstrap95": paired_bootstrap(differences),
-            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost))}    # first samples
+            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost)),    # of first samples
+            "settings_that_differ": [k for k in old if k in new and old[k] != new[k] and k not in ("model", "adapter")]}
 
 
 # ------------------------------------------------------------------------------------- settings, command line
-def choose_tasks(args, out: Path, difficulty: int) -> tuple[list[Task], str]:
-    """(the questions, where they come from)."""
+def choose_tasks(args, data: str | int) -> tuple[list[Task], str]:
+    """(the questions, where they come from). data: --gaia-dir, or the difficulty of the offline set."""
     if args.gaia_dir is None:
-        tasks = builtin_tasks("heldout", 264, 0, CORE + HARD, difficulty)
-        export_gaia(tasks, out / "offline_set")
-        tasks, source = read_gaia(out / "offline_set"), "offline"
+        export_gaia(builtin_tasks("heldout", 264, 0, CORE + HARD, data), args.out / "offline_set")
+        tasks, source = read_gaia(args.out / "offline_set"), "offline"
     else:
         tasks, source = read_gaia(hub_copy() if args.gaia_dir == "hub" else args.gaia_dir, args.split), "gaia"
+    if args.split == "test":    # never scored here, whatever somebody wrote into a copy of it
+        tasks = [replace(t, answer=HIDDEN) for t in tasks]
     if unknown := set(args.ids or []) - {t.id for t in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
     tasks = [t for t in tasks if t.level in (args.levels or [t.level]) and t.id in (args.ids or [t.id])
@@ -389,13 +394,6 @@ def parse_args(argv=None):
     return args
 
 
-def choose_tools(spec: str | None, small: bool, web: Web) -> list[Tool]:
-    """The built-in tools (small: those of the built-in tasks, else the web's), then the user's own files of
-    `spec`."""
-    own = ",".join(part for part in (spec or "").split(",") if part != "web")
-    return (BUILTIN_TOOLS if small else load_tools("web", web)) + load_tools(own, web)
-
-
 def prepare(args) -> tuple[Evaluation, dict]:
     """Everything loaded, and the settings that a trajectory depends on."""
     run = inherited(args.ckpt)
@@ -407,7 +405,8 @@ def prepare(args) -> tuple[Evaluation, dict]:
     sampling = Sampling(**{**known, "temperature": temperature})
     web, log = open_web(args.cache), []
     small = args.gaia_dir is None or policy.preset.prompt == "short"    # the tiny model knows no others
-    tools = [replace(t, log=log) for t in choose_tools(args.tools or run.get("tools"), small, web)]
+    own = ",".join(part for part in (args.tools or run.get("tools") or "").split(",") if part != "web")
+    tools = [replace(t, log=log) for t in load_tools(own, web, BUILTIN_TOOLS if small else load_tools("web", web))]
     settings = {
         "model": policy.name, "adapter": file_hash(args.ckpt), "seed": args.seed,
         "sampling": asdict(sampling), "prompt": policy.preset.prompt,
@@ -429,36 +428,25 @@ def announce(run: Evaluation, source: str, sandbox: str) -> None:
     else:
         for t, why in preflight(run.web):
             print(f"  {t.name:<12} {'live' if not why else 'left out: ' + why}")
-        turns = run.sampling.max_turns
-        print("  web calls: none, the web is replayed" if run.web.cache.mode == "replay" else
-              f"  web calls: about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)")
+        turns, open_web = run.sampling.max_turns, any(t.web for t in run.tools) and run.web.cache.mode != "replay"
+        print(f"  web calls: about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)" if open_web else
+              "  web calls: none")
     names = ", ".join(t.name for t in run.tools)
     print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, sandbox {sandbox}, "
           f"temperature {run.sampling.temperature}, cache {run.web.cache.mode}, tools {names}")
 
 
-def main(argv=None) -> int:
-    """Exit status: 0 done, 2 bad input, 130 interrupted (the same command goes on)."""
-    try:
-        args = parse_args(argv)
-        if args.compare:
-            print(json.dumps(compare(*args.compare), indent=1))
-            return 0
-        with Executor(args.sandbox) as executor:
-            run, settings = prepare(args)
-            settle_out(args.out, settings)
-            difficulty = inherited(args.ckpt).get("config", {}).get("difficulty", 0)
-            run.tasks, source = choose_tasks(args, args.out, difficulty)
-            announce(run, source, executor.sandbox)
-            records = evaluate(run, executor)
-        finish(args, run, records, source)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing is lost: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+def command(args) -> None:
+    if args.compare:
+        print(json.dumps(compare(*args.compare), indent=1))
+        return
+    with Executor(args.sandbox) as executor:
+        run, settings = prepare(args)
+        settle_out(args.out, settings)
+        run.tasks, source = choose_tasks(args, settings["data"])
+        announce(run, source, executor.sandbox)
+        records = evaluate(run, executor)
+    finish(args, run, records, source)
 
 
 def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
@@ -479,6 +467,10 @@ def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
         if (sizes := {k: v["n"] for k, v in result["levels"].items()}) != OFFICIAL:
             print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
     print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
+
+
+def main(argv=None) -> int:
+    return exit_status(lambda: command(parse_args(argv)), "nothing is lost: the same command goes on")
 
 
 if __name__ == "__main__":

@@ -21,19 +21,21 @@ import mimetypes
 import os
 import re
 import runpy
+import sqlite3
 import stat
+import sys
 import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote, urljoin, urlsplit
 
-from web import AGENT, BENCHMARKS, Cache, Web, WebError, bearer, chat, holds_benchmark, to_text
+from web import AGENT, Cache, Web, WebError, bearer, benchmark_site, chat, holds_benchmark, to_text
 
 
 class UserError(Exception):
@@ -45,6 +47,19 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def exit_status(command: Callable[[], None], goes_on: str = "") -> int:
+    """Run a command line: 0 done, 2 bad input, 130 interrupted, both said in one line. goes_on: how it resumes."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{goes_on and '; ' + goes_on}", file=sys.stderr)
+        return 130
+    return 0
 
 
 class ToolError(Exception):
@@ -186,7 +201,7 @@ def tool(function: Callable) -> Tool:
         elif parameter.default is not parameter.empty and not fits(parameter.default, hint):
             raise UserError(f"tool {name}: the default of {parameter.name} is not of its type")
         else:
-            visible.append(parameter.replace(annotation=hint, kind=parameter.POSITIONAL_OR_KEYWORD))
+            visible.append(parameter.replace(annotation=hint))
     if "return" not in hints:
         raise UserError(f"tool {name}: it needs a return type")
     signature = inspect.Signature(visible, return_annotation=hints["return"])
@@ -221,18 +236,25 @@ def document(context: ToolContext, body: bytes, suffix: str, sheet: str = "") ->
     key = (hashlib.sha256(body).digest(), suffix, sheet)
     if key not in texts:
         texts[key] = to_text(body, suffix, sheet, min(60.0, max(context.seconds_left(), 1.0)))
-    if holds_benchmark(texts[key], context.question):
-        context.web.counts["benchmark"] += 1
-        raise WebError("blocked", "this page holds the benchmark itself")
+    refuse_benchmark(context, texts[key])
     return texts[key]
 
 
+def refuse_benchmark(context: ToolContext, text: str):
+    if holds_benchmark(text, context.question):
+        context.web.counts["benchmark"] += 1
+        raise WebError("blocked", "this page holds the benchmark itself")
+
+
 def suffix_of(kind: str, url: str, body: bytes) -> str:
+    """What the file would be called, by its first bytes, its content type, its address."""
     kind, named = kind.split(";")[0].strip().lower(), PurePosixPath(urlsplit(url).path).suffix.lower()
     if body[:5] == b"%PDF-":
         return ".pdf"
     if "html" in kind or body[:256].lstrip()[:9].lower() == b"<!doctype":
         return ".html"
+    if office := re.search("(wordprocessing|presentation|spreadsheet)ml", kind):    # Python's list lacks them
+        return {"wordprocessing": ".docx", "presentation": ".pptx", "spreadsheet": ".xlsx"}[office[1]]
     vague = kind in ("", "application/octet-stream", "application/zip", "binary/octet-stream")
     return named if vague else mimetypes.guess_extension(kind) or named
 
@@ -280,12 +302,6 @@ def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
         os.close(handle)
 
 
-def search_backend(web: Web) -> str:
-    if web.cache.mode == "replay":
-        return web.cache.backend_of("web_search") or "wikipedia"
-    return next((name for name, (variable, _) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
-
-
 def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple:
     """(address, request, where the hits are in the answer, their names for title, link and text)."""
     variable, url = SEARCHES.get(backend, ("", ""))
@@ -317,7 +333,8 @@ def search_request(backend: str, web: Web, query: str, k: int, year: int, site: 
 @tool
 def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site: str = "") -> str:
     """Search the web: the k best hits with title, address and text. year, site: restrict to them if given."""
-    web, backend = context.web, search_backend(context.web)
+    live = next((name for name, (variable, _) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
+    web, backend = context.web, context.web.cache.backend_of("web_search", live)
     url, request, path, names = search_request(backend, web, query, min(k, 20), year, site)
 
     def pick(answer: dict) -> list:
@@ -330,7 +347,7 @@ def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site
         if backend == "wikipedia":
             link = web.wikipedia.format("en") + "/wiki/" + quote(title.replace(" ", "_"))
             text = re.sub("<.*?>", "", text)
-        if BENCHMARKS.search(link) or holds_benchmark(text, context.question):
+        if benchmark_site(link) or holds_benchmark(text, context.question):
             web.counts["benchmark"] += 1
         else:
             lines.append(f"{len(lines) + 1}. {title}\n   {link}\n   {text[:500]}")
@@ -397,6 +414,7 @@ def archive(context: ToolContext, url: str, date: str, page: int = 1) -> str:
 def download(context: ToolContext, url: str) -> str:
     """Save a file of the web in the working directory; returns its name."""
     address, _, body = context.web.fetch(url, context.seconds_left())
+    refuse_benchmark(context, body.decode(errors="replace"))    # where code can open it, read_file's check is too late
     name = re.sub(r"[^\w.-]", "_", PurePosixPath(urlsplit(address).path).name).lstrip(".")[-80:] or "download"
     if context.workdir is None:
         context.state.setdefault("downloads", {})[name] = body
@@ -421,30 +439,29 @@ def read_file(context: ToolContext, path: str, page: int = 1, sheet: str = "") -
 @tool
 def ask_image(context: ToolContext, path: str, question: str) -> str:
     """Ask a question about an image file of the working directory."""
-    body, model = file_bytes(context, path), os.environ.get("VISION_MODEL", "")
+    body, (url, model, key) = file_bytes(context, path), endpoint("VISION")
     data = f"data:{mimetypes.guess_type(path)[0] or 'image/png'};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": data}}]
     arguments = {"image": hashlib.sha256(body).hexdigest(), "question": question}
-    key, messages = os.environ.get("VISION_API_KEY", ""), [{"role": "user", "content": content}]
-    return context.web.cache.answer("ask_image", arguments, backend_of(context, "ask_image", model),
-                                    lambda: chat(os.environ["VISION_URL"], model, messages, key))
+    cache = context.web.cache
+    return cache.answer("ask_image", arguments, cache.backend_of("ask_image", model),
+                        lambda: chat(url, model, [{"role": "user", "content": content}], key))
 
 
 @tool
 def transcribe(context: ToolContext, path: str) -> str:
     """The spoken words of an audio file of the working directory."""
-    body, model = file_bytes(context, path), os.environ.get("AUDIO_MODEL", "")
+    body, (url, model, key) = file_bytes(context, path), endpoint("AUDIO")
     return context.web.ask(
-        "transcribe", {"audio": hashlib.sha256(body).hexdigest()}, backend_of(context, "transcribe", model),
-        os.environ.get("AUDIO_URL", "").rstrip("/") + "/audio/transcriptions", lambda answer: answer["text"],
-        headers=bearer(os.environ.get("AUDIO_API_KEY", "")), data={"model": model},
+        "transcribe", {"audio": hashlib.sha256(body).hexdigest()},
+        context.web.cache.backend_of("transcribe", model), url.rstrip("/") + "/audio/transcriptions",
+        lambda answer: answer["text"], headers=bearer(key), data={"model": model},
         files={"file": (PurePosixPath(path).name, body)})
 
 
-def backend_of(context: ToolContext, name: str, model: str) -> str:
-    """The model that answers; in replay the recorded one, whatever the environment names."""
-    cache = context.web.cache
-    return cache.backend_of(name) or model if cache.mode == "replay" else model
+def endpoint(kind: str) -> list[str]:
+    """Address, model and key of an OpenAI-compatible server, as the environment names them."""
+    return [os.environ.get(f"{kind}_{part}", "") for part in ("URL", "MODEL", "API_KEY")]
 
 
 # -------------------------------------------------------------------------------------- which tools a run has
@@ -463,19 +480,24 @@ def open_web(spec: str) -> Web:
         raise UserError(f"--cache {spec}: it is live, record[:FILE] or replay[:FILE]")
     if mode == "replay" and not Path(file or "web.sqlite").is_file():
         raise UserError(f"--cache {spec}: there is no such record")
-    return Web(Cache(file or "web.sqlite", mode))
+    try:
+        return Web(Cache(file or "web.sqlite", mode))
+    except sqlite3.Error as error:
+        raise UserError(f"--cache {spec}: the file cannot be used: {error}") from error
 
 
 def preflight(web: Web) -> list[tuple[Tool, str]]:
     """The built-in tools, each with "" if it is live, else why it is left out of the prompt."""
     rows = []
     for made, packages, variables in NEEDS:
-        missing = [f"package {p}: pip install -r requirements-gaia.txt" for p in packages if not find_spec(p)]
-        if web.cache.mode != "replay":
-            missing += [f"{v} is not set" for v in variables if not os.environ.get(v)]
+        absent, why = ", ".join(p for p in packages if not find_spec(p)), ""
+        if absent:
+            why = f"no {absent}: pip install -r requirements-gaia.txt"
+        elif web.cache.mode != "replay":
+            why = "; ".join(f"{v} is not set" for v in variables if not os.environ.get(v))
         elif variables and not web.cache.backend_of(made.name):
-            missing.append("nothing of it was recorded")
-        rows.append((replace(made, web=web), "; ".join(missing)))
+            why = "nothing of it was recorded"
+        rows.append((replace(made, web=web), why))
     return rows
 
 
@@ -484,12 +506,13 @@ def prompt_text(tools: list[Tool]) -> str:
     return "\n".join(t.prompt for t in tools)
 
 
-def load_tools(spec: str | None, web: Web | None = None) -> list[Tool]:
+def load_tools(spec: str | None, web: Web | None = None, beside: Iterable[Tool] = ()) -> list[Tool]:
     """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; commas between.
 
-    [] without a spec. UserError for a file that cannot be used and for two tools of one name.
+    `beside`, which a run has anyway, come first. UserError for a file that cannot be used and for two tools
+    of one name.
     """
-    found: list[Tool] = []
+    found = list(beside)
     for part in filter(None, (spec or "").split(",")):
         found += [t for t, why in preflight(web or Web()) if not why] if part == "web" else tools_of(part)
     names = [t.name for t in found]

@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -116,12 +116,14 @@ class Cache:
             raise WebError(*row["error"], keep=True)
         return row["value"]
 
-    def backend_of(self, tool: str) -> str | None:
-        """Whose answers to a tool are kept: a record is replayed without the keys it was made with."""
+    def backend_of(self, tool: str, live: str = "") -> str:
+        """Who answers a tool: `live`, but in replay whoever was recorded, so that it needs no key."""
+        if self.mode != "replay":
+            return live
         with self.lock:
             row = self.db.execute("SELECT request FROM answers WHERE request LIKE ? LIMIT 1",
                                   (f'["{tool}",%',)).fetchone()
-        return json.loads(row[0])[2] if row else None
+        return json.loads(row[0])[2] if row else live
 
     def digest(self) -> str:
         """A hash of everything kept: the same digest, the same recorded web."""
@@ -134,18 +136,23 @@ class Cache:
 
 # ---------------------------------------------------------------------------------------- what may be reached
 NEVER = [ipaddress.ip_network(n) for n in (    # metadata of two clouds; IPv6 in which an IPv4 can hide
-    "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "64:ff9b::/32", "2001::/32")]
+    "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "2001::/32")]
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")    # all that is given out: the rest is reserved, local, translated
 BENCHMARKS = re.compile(
-    r"gaia[-_]?benchmark|(?:huggingface\.co|hf-mirror\.com)/datasets|/gaia[^/]*validation", re.IGNORECASE)
+    r"gaia[-_]?benchmark|(?:huggingface\.co|hf-mirror\.com)[.:\d]*/+(?:api/)?datasets|/gaia[^/]*validation", re.I)
 
 
 def check_address(address: str, allow_loopback: bool = False):
     """WebError unless the address is a public one (or this machine's own, where that is opened for tests)."""
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    never = ip.is_multicast or any(ip in n for n in NEVER if n.version == ip.version)
+    never = ip.is_multicast or any(ip in n for n in NEVER) or ip.version == 6 and ip not in PUBLIC_IPV6
     if not (ip.is_global and not never or allow_loopback and ip.is_loopback):
         raise WebError("blocked", "this address is private or reserved; only public sites can be reached")
+
+
+def benchmark_site(url: str) -> bool:
+    return bool(BENCHMARKS.search(unquote(url)))
 
 
 def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> type:
@@ -234,7 +241,7 @@ class Web:
         return url, kind, base64.b64decode(body)
 
     def not_the_benchmark(self, url: str):
-        if BENCHMARKS.search(url):
+        if benchmark_site(url):
             self.counts["benchmark"] += 1
             raise WebError("blocked", "this site holds the benchmark itself", keep=True)
 
@@ -284,10 +291,12 @@ def call(url: str, seconds: float, tries: int = 3, **request):
     for attempt in range(tries):
         try:
             response = requests.request(method, url, timeout=max(deadline - time.monotonic(), 0.1), **request)
-            if response.status_code == 200:
-                return response.json()
-            status = response.status_code
-            kind, passing = f"http_{status}", status == 429 or status >= 500
+            status, kind = response.status_code, f"http_{response.status_code}"
+            passing = status in (200, 429) or status >= 500
+            if status == 200:
+                answer, kind = response.json(), "bad_answer"
+                if not (isinstance(answer, dict) and answer.get("error")):    # MediaWiki, when busy, says so here
+                    return answer
         except requests.exceptions.JSONDecodeError:
             kind, passing = "bad_answer", False
         except requests.RequestException as error:
@@ -337,17 +346,13 @@ def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) ->
         return decode(body)
     try:
         done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet], input=body, env={},
-                              capture_output=True, timeout=seconds, preexec_fn=limit_memory)
+                              capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise WebError("timeout", f"the {suffix} file takes too long to read") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["it needs too much memory"]
         raise WebError("unreadable", f"the {suffix} file cannot be read: {said[-1][:200]}", keep=True)
     return done.stdout.decode()
-
-
-def limit_memory():
-    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 
 
 def decode(body: bytes) -> str:
@@ -413,6 +418,7 @@ PARSERS[".htm"] = PARSERS[".html"]
 
 
 if __name__ == "__main__":    # the process of `to_text`: python web.py SUFFIX SHEET < document
+    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
     document = sys.stdin.buffer.read()
     try:
         if document[:2] == b"PK" and sum(i.file_size for i in members(document)) > 2**29:

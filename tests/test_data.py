@@ -52,6 +52,15 @@ def test_every_drop_is_counted_by_reason(tmp_path):
     assert dropped == wanted | {"duplicate": 1}
 
 
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "a.json").write_text("[1,\n2")
+    (tmp_path / "b.jsonl").write_text("{}\n{")
+    (tmp_path / "c.json").write_bytes(b"[\xff]")
+    for name, complaint in [("a.json", "a.json:2: "), ("b.jsonl", "b.jsonl:2: "), ("c.json", "c.json: ")]:
+        with pytest.raises(UserError, match=complaint):
+            read_mat(tmp_path / name, tmp_path)
+
+
 def test_equal_ids_are_told_apart(tmp_path):
     file = tmp_path / "mat.jsonl"
     file.write_text("".join(json.dumps(record(question=f"How many {c} cars are there?")) + "\n" for c in ("red", "blue")))

@@ -107,6 +107,7 @@ WAYS = {
     "cache_miss": (trajectory("turn_limit", steps=[OK]), calls("cache_miss"), False, False),
     "repeated_call": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok", same=True), False, False),
     "step_limit": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok"), False, False),
+    "no_answer": (trajectory("", steps=[OK]), [], False, False),
     "context_limit": (trajectory("context_limit", steps=[OK]), [], False, False),
     "timeout": (trajectory("turn_limit", steps=[("x", "", "timeout")]), [], False, False)}
 
@@ -131,6 +132,13 @@ def test_compare_by_hand(tmp_path):
     c = compare(tmp_path / "base", tmp_path / "trained" / "trajectories.jsonl")
     assert (c["n"], c["gained"], c["lost"], c["mcnemar_p"]) == (6, ["c", "d"], ["a"], 1.0)
     assert c["difference"] == pytest.approx(1 / 6) and c["bootstrap95"][0] < 1 / 6 < c["bootstrap95"][1]
+    for name, settings in (("base", {"model": "m", "adapter": "", "seed": 0}), ("trained", {"model": "m", "adapter": "x", "seed": 1})):
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+    assert compare(tmp_path / "base", tmp_path / "trained")["settings_that_differ"] == ["seed"]
+    retried = [rec("a", 1, official=True), rec("a", 0), rec("b", 0), rec("b", 1)]      # sample 0 was written late
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in retried))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(rec(t)) + "\n" for t in "ab"))
+    assert compare(tmp_path / "d.jsonl", tmp_path / "c.jsonl")["gained"] == []
     (tmp_path / "trained" / "trajectories.jsonl").write_text(json.dumps(rec("z")) + "\n")
     with pytest.raises(UserError, match="6 only in .*base, 1 only in"):
         compare(tmp_path / "base", tmp_path / "trained")
@@ -250,22 +258,27 @@ def test_the_test_split_is_exported_and_never_scored(here, capsys):
     place = here / "GAIA" / "2023" / "test"
     place.mkdir(parents=True)
     (place / "metadata.jsonl").write_text(json.dumps({"task_id": "x", "Question": "What is 1 plus 1?", "Level": 1, "file_name": "",
-                                                      "Final answer": "?"}) + "\n")
+                                                      "Final answer": "2"}) + "\n")    # a guess of somebody's: never used
     assert main(["--gaia-dir", "GAIA", "--split", "test", "--out", "ev", "--export"]) == 0
     assert "nothing is scored" in capsys.readouterr().out and not (here / "ev" / "results.json").exists()
     assert len((here / "ev" / "submission.jsonl").read_text().splitlines()) == 1
-    assert read_records(here / "ev" / "trajectories.jsonl")[0]["official"] is False
+    (record,) = read_records(here / "ev" / "trajectories.jsonl")
+    assert record["official"] is False and record["gold"] == "?" and record["category"] != "right"
 
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--bogus"], "unrecognized"), (["--ckpt", "none"], "no such folder"), (["--ckpt", "empty"], "no adapter"),
     (["--gaia-dir", "none"], "no metadata"), (["--ids", "nobody"], "no question nobody"), (["--limit", "0"], "no question is left"),
     (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"), (["--tools", "none.py"], "no such file"),
-    (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"), (["--out", "full"], "not empty")])
+    (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"),
+    (["--compare", "run", "run"], "not a file of eval_gaia.py"), (["--tools", "search.py"], "two tools are called search"), (["--out", "full"], "not empty")])
 def test_bad_input_is_one_line(here, capsys, arguments, complaint):
     (here / "empty").mkdir()
     (here / "full").mkdir()
     (here / "full" / "diary.txt").write_text("mine")
+    (here / "run").mkdir()
+    (here / "run" / "trajectories.jsonl").write_text('{"step": 1, "task": "x"}\n')    # as train.py writes them
+    (here / "search.py").write_text("from tools import tool\n@tool\ndef search(x: str) -> str:\n    'Do.'\n    return x\n")
     assert main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and complaint in error

@@ -3,6 +3,7 @@ import base64
 import gzip
 import io
 import json
+import mimetypes
 import os
 import socket
 import threading
@@ -89,6 +90,14 @@ def bad_default(x: int = "three") -> str:
     """Do."""
 
 
+def test_keyword_only_arguments_stay_so():
+    @tool
+    def scale(x: int = 1, *, by: int) -> int:
+        """Scale."""
+        return x * by
+    assert scale.prompt == "scale(x: int = 1, *, by: int) -> int: Scale." and scale.bind(ToolContext())(by=3) == 3
+
+
 @pytest.mark.parametrize("function", [no_docstring, no_hint, no_return, odd_type, star, final_answer, print, Upper, bad_default])
 def test_wrong_definitions_fail_at_once(function):
     with pytest.raises(UserError, match=f"tool {function.__name__}: "):
@@ -110,9 +119,13 @@ def test_a_users_own_file(tmp_path):
             load_tools(str(file))
     with pytest.raises(UserError, match="no such file"):
         load_tools(str(tmp_path / "none.py"))
+    (tmp_path / "again.py").write_text("from tools import tool\n@tool\ndef shout(x: str) -> str:\n    'Do.'\n    return x\n")
+    assert [t.name for t in load_tools(str(tmp_path / "again.py"), beside=[mine])] == ["note", "shout"]
     file.write_text("from tools import tool\n@tool\ndef visit(url: str) -> str:\n    'Do.'\n    return url\n")
     with pytest.raises(UserError, match="two tools are called visit"):
         load_tools(f"web,{file}")
+    with pytest.raises(UserError, match="two tools are called shout"):
+        load_tools(str(tmp_path / "again.py"), beside=[shout])
 
 
 # ------------------------------------------------------------------------------------------------ the test's own web
@@ -157,8 +170,9 @@ class Site:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 url = urlsplit(self.path)
                 site.seen.append((self.command, self.path, dict(self.headers), body))
+                name = url.path.removeprefix("/en/").removeprefix("/de/")       # Wikipedia's languages
                 try:
-                    getattr(site, "page_" + url.path.strip("/").replace("/", "_").replace(".", "_"), site.missing)(self, url)
+                    getattr(site, "page_" + name.strip("/").replace("/", "_").replace(".", "_"), site.missing)(self, url)
                 except (BrokenPipeError, ConnectionResetError):
                     pass
             do_GET = do_POST = handle_any
@@ -254,6 +268,8 @@ class Site:
             answer = {"query": {"search": [{"title": "Ada Lovelace", "snippet": "an <span>English</span> mathematician"}]}}
         elif q["action"] == "parse":
             answer = {"parse": {"text": f"<p>Text of revision {q['oldid']} with a <a href='/wiki/B'>link</a>.</p>"}}
+        elif q["titles"] == "Busy":                                    # so MediaWiki says it: with status 200
+            answer = {"error": {"code": "ratelimited", "info": "..."}}
         elif q["titles"] == "Nothing":
             answer = {"query": {"pages": [{"title": "Nothing", "missing": True}]}}
         else:
@@ -281,8 +297,7 @@ def site():
 @pytest.fixture
 def call(site, tmp_path):
     """call(tool, *arguments): the tool as a trajectory calls it, over the test's web."""
-    made = Web(Cache(), allow_loopback=True, seconds=5, wikipedia=site.url + "?{}", wayback=site.url)
-    made.wikipedia = site.url                                          # one server speaks every language
+    made = Web(Cache(), allow_loopback=True, seconds=5, wikipedia=site.url + "/{}", wayback=site.url)
     context = ToolContext(workdir=tmp_path, question=QUESTION)
 
     def call(name, *args, over=None, **kwargs):
@@ -304,6 +319,13 @@ def test_pdf_and_office_pages(call, site):
     assert "[page 1 of 2]\nThe first page is about cats." in text and "[page 2 of 2]" in text
     text = call("visit", site.url + "/doc")
     assert "A paragraph about owls." in text and "| left | right |" in text
+
+
+@pytest.mark.parametrize("kind, suffix", [("wordprocessingml.document", ".docx"), ("presentationml.presentation", ".pptx"),
+                                          ("spreadsheetml.sheet", ".xlsx")])
+def test_office_types_are_known_without_the_systems_list(monkeypatch, kind, suffix):
+    monkeypatch.setattr(tools.mimetypes, "guess_extension", mimetypes.MimeTypes().guess_extension)    # as in a slim container
+    assert tools.suffix_of(f"application/vnd.openxmlformats-officedocument.{kind}; x=1", "http://a.org/b", b"PK") == suffix
 
 
 def test_long_pages_are_cut_at_lines_and_counted(call, site):
@@ -354,7 +376,8 @@ def test_private_addresses_and_other_schemes_are_refused(url):
 @pytest.mark.parametrize("address, allowed", [
     ("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("168.63.129.16", False), ("100.100.100.200", False),
     ("192.0.0.192", False), ("198.18.0.1", False), ("::", False), ("64:ff9b::7f00:1", False), ("fe80::1%eth0", False),
-    ("255.255.255.255", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True)])
+    ("255.255.255.255", False),
+    ("fec0::1", False), ("::7f00:1", False), ("64:ff9b:1::7f00:1", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True)])
 def test_addresses(address, allowed):
     if allowed:
         check_address(address)
@@ -385,8 +408,11 @@ def test_a_proxy_of_the_environment_is_no_way_around(site, monkeypatch):
 def test_pages_that_hold_the_benchmark_are_dropped_and_counted(call, site):
     assert call("visit", site.url + "/answers").startswith("ERROR[blocked]: this page holds the benchmark")
     assert call("find", site.url + "/answers", "Answer").startswith("ERROR[blocked]")
-    assert call("visit", "https://hf-mirror.com/datasets/x/GAIA").startswith("ERROR[blocked]")
-    assert call.web.counts["benchmark"] == 3
+    for url in ("https://hf-mirror.com/datasets/x/GAIA", "https://huggingface.co/%64atasets/x", "https://huggingface.co:443/datasets/x",
+                "https://huggingface.co/api/datasets/x", "https://a.org/gaia%2Dbenchmark"):
+        assert call("visit", url).startswith("ERROR[blocked]: this site holds the benchmark")
+    assert call("download", site.url + "/answers").startswith("ERROR[blocked]") and not os.listdir(call.folder)
+    assert call.web.counts["benchmark"] == 8
     assert "record-making" in call("visit", site.url + "/quotes")          # a page about the matter is none
 
 
@@ -431,7 +457,7 @@ def test_search_apis(call, site, monkeypatch, backend):
 def test_search_without_a_key_is_wikipedias(call, site, monkeypatch):
     for variable, _ in tools.SEARCHES.values():
         monkeypatch.delenv(variable, raising=False)
-    assert call("web_search", "Ada") == f"1. Ada Lovelace\n   {site.url}/wiki/Ada_Lovelace\n   an English mathematician"
+    assert call("web_search", "Ada") == f"1. Ada Lovelace\n   {site.url}/en/wiki/Ada_Lovelace\n   an English mathematician"
     assert "tool-r1" in site.seen[-1][2]["User-Agent"]
 
 
@@ -447,9 +473,11 @@ def test_hits_that_hold_the_benchmark_are_dropped(call, site, monkeypatch):
 def test_wiki_as_it_was(call, site):
     text = call("wiki", "Ada Lovelace", "2015-06-30")
     assert text.startswith("Ada Lovelace, revision of 2015-06-01") and "Text of revision 7" in text
-    assert "revision 9" in call("wiki", "de:Ada Lovelace")
+    assert "revision 9" in call("wiki", "de:Ada Lovelace") and site.seen[-1][1].startswith("/de/w/api.php?")
     assert call("wiki", "Nothing", "2001-01-01") == "ERROR[not_found]: no article 'Nothing' on 2001-01-01"
     assert call("wiki", "Ada", "last year").startswith("ERROR[bad_date]")
+    assert call("wiki", "Busy").startswith("ERROR[bad_answer]")            # and is not kept as "no article"
+    assert all("Busy" not in r for r, in call.web.cache.db.execute("SELECT request FROM answers"))
 
 
 def test_archive(call, site):
@@ -685,7 +713,7 @@ def test_the_preflight_says_what_is_live_and_why_not(monkeypatch):
     assert rows["ask_image"] == "VISION_URL is not set; VISION_MODEL is not set" and not rows["visit"]
     monkeypatch.setattr(tools, "find_spec", lambda name: None)              # as where the package is not installed
     rows = {t.name: why for t, why in preflight(Web())}
-    assert "pip install -r requirements-gaia.txt" in rows["visit"] and not rows["web_search"] and not rows["download"]
+    assert rows["visit"] == "no markitdown, pypdf, openpyxl: pip install -r requirements-gaia.txt" and not rows["web_search"] and not rows["download"]
     assert [t.name for t in load_tools("web")] == ["web_search", "download"]
 
 
@@ -693,8 +721,9 @@ def test_cache_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_web("live").cache.mode == "live" and open_web("record:a.db").cache.mode == "record" and Path("a.db").exists()
     assert open_web("replay:a.db").cache.mode == "replay"
-    for bad in ("off", "replay:none.db", "replay"):
-        with pytest.raises(UserError):
+    Path("notes.txt").write_text("these are no answers of the web\n" * 9)
+    for bad in ("off", "replay:none.db", "replay", "record:no/folder/a.db", "replay:notes.txt"):
+        with pytest.raises(UserError, match=f"--cache {bad}: "):
             open_web(bad)
 
 
