@@ -100,8 +100,7 @@ def pair_of(record: dict, folder: Path) -> Task:
 
 
 def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
-    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without
-    duplicates."""
+    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without duplicates."""
     try:
         text = file.read_text("utf-8")
         records = json.loads(text) if text.lstrip().startswith("[") else [row for _, row in read_rows(file)]
@@ -135,8 +134,7 @@ def entities(text: str) -> set[str]:
 
 
 def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
-    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same
-    answer."""
+    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same answer."""
     exam_grams = {gram: e.id for e in exam for gram in ngrams(e.question)}
     known = [(e.id, entities(e.question), clean(e.answer)) for e in exam]
     flagged: dict[str, list[str]] = {}

@@ -34,8 +34,8 @@ from policy import Policy, load_policy
 from reward import Judge, Reward, clean, compute_rewards, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
-from tools import (NEEDS, Call, OneLineParser, Tool, UserError, exit_status, load_tools, open_web, preflight,
-                   prompt_text)
+from tools import (NEEDS, Call, OneLineParser, Tool, UserError, exit_status, load_tools, open_web,
+                   preflight_table, prompt_text)
 from web import Web
 
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions of GAIA's validation split, by level
@@ -55,8 +55,7 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv
-    2107.03374)."""
+    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv 2107.03374)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -130,8 +129,7 @@ class Evaluation:
 
 
 def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
-    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the
-    chunk."""
+    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the chunk."""
     file = run.out / "trajectories.jsonl"
     records = {(r["task_id"], r["sample"]): r for r in read_records(file, cut=True)}
     missing = [(s, t) for s in range(run.samples) for t in run.tasks if (t.id, s) not in records]
@@ -152,8 +150,7 @@ def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
 
 
 def chunks(missing: list[tuple[int, Task]], size: int):
-    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their
-    question."""
+    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their question."""
     for sample in sorted({s for s, _ in missing}):
         waiting = [t for s, t in missing if s == sample]
         while waiting:
@@ -164,8 +161,7 @@ def chunks(missing: list[tuple[int, Task]], size: int):
 
 
 def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
-    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made
-    alone."""
+    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made alone."""
     run.log.clear()
     groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
     pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
@@ -301,7 +297,7 @@ def compare(base: Path, trained: Path) -> dict:
     return {"n": len(a), "base": fmean(map(fmean, a.values())), "trained": fmean(map(fmean, b.values())),
             "difference": fmean(differences), "bootstrap95": paired_bootstrap(differences),
             "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost)),    # of first samples
-            "settings_that_differ": [k for k in old if k in new and old[k] != new[k] and k not in ("model", "adapter")]}
+            "settings_that_differ": [k for k in old.keys() & new if k not in ("model", "adapter") and old[k] != new[k]]}
 
 
 # ------------------------------------------------------------------------------------- settings, command line
@@ -414,7 +410,7 @@ def prepare(args) -> tuple[Evaluation, dict]:
         "data": args.gaia_dir or run.get("config", {}).get("difficulty", 0), "split": args.split,
         "judge": [args.judge, args.judge_model],
         "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
-    judge = Judge(args.judge, args.judge_model, policy, web.cache)
+    judge = Judge(args.judge if args.split == "validation" else "heuristic", args.judge_model, policy, web.cache)
     evaluation = Evaluation(policy, [], tools, log, web, judge, sampling, args.samples, args.seed, args.out)
     return evaluation, settings
 
@@ -426,11 +422,10 @@ def announce(run: Evaluation, source: str, sandbox: str) -> None:
         print("No --gaia-dir: this is the offline set, held-out built-in tasks in GAIA's format. NOT GAIA.\n"
               f"For GAIA: --gaia-dir hub, with access from {ACCESS}")
     else:
-        for t, why in preflight(run.web):
-            print(f"  {t.name:<12} {'live' if not why else 'left out: ' + why}")
-        turns, open_web = run.sampling.max_turns, any(t.web for t in run.tools) and run.web.cache.mode != "replay"
-        print(f"  web calls: about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)" if open_web else
-              "  web calls: none")
+        print(preflight_table(run.web))
+        turns, online = run.sampling.max_turns, run.web.cache.mode != "replay" and any(t.web for t in run.tools)
+        calls = f"about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)" if online else "none"
+        print(f"  web calls: {calls}")
     names = ", ".join(t.name for t in run.tools)
     print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, sandbox {sandbox}, "
           f"temperature {run.sampling.temperature}, cache {run.web.cache.mode}, tools {names}")

@@ -93,8 +93,7 @@ RESERVED = set(dir(builtins)) | set(keyword.kwlist) | {"final_answer"}
 
 
 def fits(value, hint) -> bool:
-    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for
-    neither."""
+    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for neither."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -105,16 +104,14 @@ def fits(value, hint) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)
 
 
 def known(hint) -> bool:
-    """Whether `fits` can check the hint: plain JSON types, list[...], dict[...], unions and Literal of
-    them."""
+    """Whether `fits` can check the hint: plain JSON types, list[...], dict[...], unions and Literal of them."""
     if get_origin(hint) is Literal:
         return all(type(a) in PLAIN for a in get_args(hint))
     if get_origin(hint) in (list, dict, Union, types.UnionType):
@@ -138,8 +135,7 @@ class Tool:
     log: list[Call] | None = None        # where calls are noted, for reports
 
     def bind(self, context: ToolContext) -> Callable:
-        """A function for one trajectory: checks its arguments (ToolError if they do not fit), calls the
-        tool."""
+        """A function for one trajectory: checks its arguments (ToolError if they do not fit), calls the tool."""
         if self.web:
             context.web = self.web
 
@@ -161,8 +157,7 @@ class Tool:
             finally:
                 if self.log is not None:
                     spent = time.monotonic() - begin
-                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome,
-                                         here.hits, spent))
+                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome, here.hits, spent))
         call.__name__ = self.name
         return call
 
@@ -268,8 +263,7 @@ def page_text(context: ToolContext, url: str) -> tuple[str, str]:
 
 
 def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> bytes:
-    """A file below the working directory; where the sandbox hides that, an attachment or a download by
-    name."""
+    """A file below the working directory; where the sandbox hides that, an attachment or a download by name."""
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise WebError("no_file", "give a path relative to the working directory")
@@ -499,6 +493,10 @@ def preflight(web: Web) -> list[tuple[Tool, str]]:
             why = "nothing of it was recorded"
         rows.append((replace(made, web=web), why))
     return rows
+
+
+def preflight_table(web: Web) -> str:
+    return "\n".join(f"  {t.name:<12} {'left out: ' + why if why else 'live'}" for t, why in preflight(web))
 
 
 def prompt_text(tools: list[Tool]) -> str:

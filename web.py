@@ -1,5 +1,4 @@
-"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on
-this.
+"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on this.
 
 Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how
 much), `holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text`
@@ -42,8 +41,7 @@ AGENT = "Mozilla/5.0 (compatible; tool-r1 research agent)"
 
 
 class WebError(Exception):
-    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow,
-    too."""
+    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow, too."""
 
     def __init__(self, kind: str, text: str, keep: bool = False):
         super().__init__(f"ERROR[{kind}]: {text}")
@@ -63,13 +61,11 @@ class Cache:
         self.lock, self.flights = threading.Lock(), {}
         self.here = threading.local()    # .hits: those of this thread's tool call, which tools.py reads
         self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
-        self.db.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
+        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
         self.db.commit()
 
     def answer(self, tool: str, arguments: dict, backend: str, make: Callable):
-        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept
-        too."""
+        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept too."""
         request = json.dumps([tool, arguments, backend, VERSION], sort_keys=True)
         key = hashlib.sha256(request.encode()).hexdigest()
         with self.lock:
@@ -83,10 +79,11 @@ class Cache:
             self.counts["made" if mine else "hits"] += 1
             self.here.hits = getattr(self.here, "hits", 0) + (not mine)
         if row is not None:
-            return self.unpack(row[0])
-        if not mine:
-            return flight.result()
-        return self._make(key, request, make, flight)
+            kept = json.loads(zlib.decompress(row[0]))
+            if "error" in kept:
+                raise WebError(*kept["error"], keep=True)
+            return kept["value"]
+        return self._make(key, request, make, flight) if mine else flight.result()
 
     def _make(self, key: str, request: str, make: Callable, flight: Future):
         try:
@@ -108,13 +105,6 @@ class Cache:
             self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
                             (key, request, zlib.compress(json.dumps(row).encode())))
             self.db.commit()
-
-    @staticmethod
-    def unpack(blob: bytes):
-        row = json.loads(zlib.decompress(blob))
-        if "error" in row:
-            raise WebError(*row["error"], keep=True)
-        return row["value"]
 
     def backend_of(self, tool: str, live: str = "") -> str:
         """Who answers a tool: `live`, but in replay whoever was recorded, so that it needs no key."""
@@ -157,8 +147,7 @@ def benchmark_site(url: str) -> bool:
 
 def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> type:
     """A connection class that checks every address of a name, then the one it has reached, before a byte is
-    sent: a second DNS answer that differs from the first is no way in. It is cut at `deadline`
-    (time.monotonic)."""
+    sent: a second DNS answer that differs from the first is no way in. It is cut at `deadline` (time.monotonic)."""
     class Guarded(base):
         def _new_conn(self):
             try:
@@ -259,9 +248,8 @@ class Web:
                 session.trust_env = False
                 session.mount(f"{parts.scheme}://", PublicOnly(self.allow_loopback, deadline))
                 try:
-                    response = session.get(
-                        url, stream=True, allow_redirects=False, headers={"User-Agent": AGENT},
-                        timeout=max(deadline - time.monotonic(), 0.1))
+                    response = session.get(url, stream=True, allow_redirects=False, headers={"User-Agent": AGENT},
+                                           timeout=max(deadline - time.monotonic(), 0.1))
                     if not response.is_redirect:
                         return self.answered(url, response, deadline)
                 except (requests.RequestException, ValueError) as error:
@@ -280,8 +268,7 @@ class Web:
         return [url, kind, base64.b64encode(body_of(response, deadline)).decode()]
 
     def ask(self, tool: str, arguments: dict, backend: str, url: str, pick: Callable, **request):
-        """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in
-        `request` only."""
+        """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in `request` only."""
         return self.cache.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
 
 
@@ -308,8 +295,7 @@ def call(url: str, seconds: float, tries: int = 3, **request):
     raise WebError(kind, f"{urlsplit(url).hostname} did not answer as it should")
 
 
-def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0,
-         tokens: int = 512) -> str:
+def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0, tokens: int = 512) -> str:
     """The reply of an OpenAI-compatible server; `url` is what its documentation calls the base URL."""
     answer = call(f"{url.rstrip('/')}/chat/completions", seconds, tries=4, headers=bearer(key),
                   json={"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
@@ -356,14 +342,13 @@ def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) ->
 
 
 def decode(body: bytes) -> str:
-    if b"\0" in body[:4096] and body[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+    utf_16 = body[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if b"\0" in body[:4096] and not utf_16:
         raise WebError("unreadable", "this is a binary file of a kind that cannot be read as text", keep=True)
-    for encoding in ("utf-8-sig", "utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"):
-        try:
-            return body.decode(encoding)
-        except UnicodeDecodeError:
-            pass
-    return body.decode("latin-1")
+    try:
+        return body.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        return body.decode("latin-1")
 
 
 def read_pdf(body: bytes, _: str) -> str:
@@ -382,8 +367,7 @@ def read_markdown(suffix: str) -> Callable:
 
 
 def read_xlsx(body: bytes, sheet: str) -> str:
-    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is
-    kept."""
+    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is kept."""
     from openpyxl import load_workbook
     values, formulas = (load_workbook(io.BytesIO(body), data_only=flag) for flag in (True, False))
     if sheet and sheet not in values.sheetnames:

@@ -8,15 +8,16 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import eval_gaia
-from eval_gaia import (category_of, chunks, compare, main, mcnemar, paired_bootstrap, pass_at_k, read_records, summary, vote,
+from eval_gaia import (Evaluation, announce, category_of, chunks, compare, main, mcnemar, paired_bootstrap, pass_at_k, read_records, summary, vote,
                        wilson)
-from rollout import Step, Trajectory
+from rollout import Sampling, Step, Trajectory
 from tasks import Task, builtin_tasks, export_gaia, read_gaia
-from tools import Call, UserError
+from tools import Call, UserError, load_tools, open_web
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,6 +145,17 @@ def test_compare_by_hand(tmp_path):
         compare(tmp_path / "base", tmp_path / "trained")
 
 
+def test_the_preflight_counts_web_calls(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tasks = [Task(name, "q", "1") for name in "abc"]
+    for spec, wanted in [("record", "about 36 if every turn makes one (6 trajectories of 6 turns)"), ("replay", "none")]:
+        web = open_web(spec)
+        announce(Evaluation(SimpleNamespace(name="m"), tasks, load_tools("web", web), [], web, None, Sampling(max_turns=6), 2, 0,
+                            tmp_path), "gaia", "none")
+        out = capsys.readouterr().out
+        assert f"  web calls: {wanted}\n" in out and "  web_search   live\n" in out and "  ask_image    left out: " in out
+
+
 def test_a_line_cut_by_a_kill_is_no_record(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": 2, "tr')
@@ -254,12 +266,14 @@ def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
     assert len(read_records(here / "ev" / "trajectories.jsonl")) == 4
 
 
-def test_the_test_split_is_exported_and_never_scored(here, capsys):
+def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
     place = here / "GAIA" / "2023" / "test"
     place.mkdir(parents=True)
     (place / "metadata.jsonl").write_text(json.dumps({"task_id": "x", "Question": "What is 1 plus 1?", "Level": 1, "file_name": "",
                                                       "Final answer": "2"}) + "\n")    # a guess of somebody's: never used
-    assert main(["--gaia-dir", "GAIA", "--split", "test", "--out", "ev", "--export"]) == 0
+    monkeypatch.setattr(eval_gaia.Judge, "ask", lambda *_: pytest.fail("nothing is judged, so nothing is paid"))
+    flags = ["--split", "test", "--out", "ev", "--export", "--judge", "local"]
+    assert main(["--gaia-dir", "GAIA", *flags]) == 0
     assert "nothing is scored" in capsys.readouterr().out and not (here / "ev" / "results.json").exists()
     assert len((here / "ev" / "submission.jsonl").read_text().splitlines()) == 1
     (record,) = read_records(here / "ev" / "trajectories.jsonl")
