@@ -385,8 +385,8 @@ def parse_args(argv=None):
     p.add_argument("--export", action="store_true", help="write submission.jsonl for the leaderboard")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="two evaluations")
     args = p.parse_args(argv)
-    if args.samples < 1:
-        raise UserError("--samples: at least 1")
+    if min(args.samples, args.limit or 1) < 1:
+        raise UserError("--samples and --limit: at least 1")
     return args
 
 
@@ -465,7 +465,7 @@ def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
 
 
 def main(argv=None) -> int:
-    return exit_status(lambda: command(parse_args(argv)), "nothing is lost: the same command goes on")
+    return exit_status(lambda: command(parse_args(argv)), "what is on file stays: the same command goes on")
 
 
 if __name__ == "__main__":

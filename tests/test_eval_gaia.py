@@ -252,7 +252,7 @@ def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
         for i, task in enumerate(tasks):
             seen[task.id] += 1
             if task.id == ids[0] and seen[task.id] <= 2 or task.id == ids[1]:
-                groups[i][0] = replace(groups[i][0], stop_reason="error", answer="17", error="the host")
+                groups[i][0] = replace(groups[i][0], stop_reason="error", answer=task.answer, error="the host")
         return groups
     ids = [t.id for t in gaia(here / "GAIA", 4)]
     monkeypatch.setattr(eval_gaia, "rollout", failing)
@@ -261,6 +261,7 @@ def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
     result = json.loads((here / "ev" / "results.json").read_text())
     assert {r["task_id"] for r in read_records(here / "ev" / "trajectories.jsonl")} == {ids[0], ids[2], ids[3]}
     assert result["n"] == 4 and result["categories"]["infrastructure"] == 1 and result["missing"] >= 1
+    assert result["accuracy"] == result["categories"].get("right", 0) / 4
     monkeypatch.setattr(eval_gaia, "rollout", real)
     assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0                # the next run does what is missing
     assert len(read_records(here / "ev" / "trajectories.jsonl")) == 4
@@ -282,7 +283,7 @@ def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--bogus"], "unrecognized"), (["--ckpt", "none"], "no such folder"), (["--ckpt", "empty"], "no adapter"),
-    (["--gaia-dir", "none"], "no metadata"), (["--ids", "nobody"], "no question nobody"), (["--limit", "0"], "no question is left"),
+    (["--gaia-dir", "none"], "no metadata"), (["--ids", "nobody"], "no question nobody"), (["--limit", "0"], "no question is left"), (["--limit", "-1"], "at least 1"),
     (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"), (["--tools", "none.py"], "no such file"),
     (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"),
     (["--compare", "run", "run"], "not a file of eval_gaia.py"), (["--tools", "search.py"], "two tools are called search"), (["--out", "full"], "not empty")])
