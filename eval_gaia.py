@@ -96,13 +96,14 @@ def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, lo
 
 def record_of(task: Task, t: Trajectory, calls: list[Call], reward: Reward) -> dict:
     """One line of trajectories.jsonl."""
-    rule = heuristic_judge(task.question, task.answer, t.answer)
+    answer = None if t.stop_reason == "error" else t.answer    # of a broken host, whatever it left behind
+    rule = heuristic_judge(task.question, task.answer, answer)
     official = reward.official and task.answer != HIDDEN
     return {
         "task_id": task.id, "sample": t.sample, "level": task.level,
         "question": task.question, "gold": task.answer,
         "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
-        "answer": t.answer, "official": official, "heuristic": rule,
+        "answer": answer, "official": official, "heuristic": rule,
         "llm": bool(reward.answer) if reward.source == "llm" else None,
         "category": category_of(task, t, calls, official, rule == "right" or reward.answer == 1),
         "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
@@ -224,21 +225,20 @@ def vote(records: list[dict]) -> bool:
 
 def summary(records: list[dict], samples: int) -> dict:
     """results.json: the official accuracy first, then everything beside it."""
-    by_task, tables = defaultdict(list), {"level": {}, "attachment": {}}
-    for r in records:
-        by_task[r["task_id"]].append(r)
-    for key, table in tables.items():
-        for value in sorted({r[key] for r in records}):
-            table[value] = share([r for r in records if r[key] == value])
+    def shares(key: str) -> dict:
+        return {value: share([r for r in records if r[key] == value]) for value in sorted({r[key] for r in records})}
     result = {
-        **share(records), "levels": tables["level"], "attachments": tables["attachment"],
+        **share(records), "levels": shares("level"), "attachments": shares("attachment"),
         "text_only": share([r for r in records if r["attachment"] == "none"]),
         "agreement": agreement(records), "llm_asked": sum(r["llm"] is not None for r in records),
-        "missing": sum(r["answer"] is None or r["category"] == "infrastructure" for r in records),
+        "missing": sum(r["answer"] is None for r in records),
         "categories": Counter(r["category"] for r in records),
         "mean": {k: fmean(r[k] for r in records)
                  for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
     if samples > 1:
+        by_task = defaultdict(list)
+        for r in records:
+            by_task[r["task_id"]].append(r)
         right = [sum(r["official"] for r in group) for group in by_task.values()]
         ks = sorted({1, samples, *(2 ** i for i in range(1, 10) if 2 ** i < samples)})
         result["pass_at_k"] = {k: fmean(pass_at_k(samples, c, k) for c in right) for k in ks}
