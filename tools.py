@@ -1,10 +1,9 @@
 """Tools: plain typed functions that the policy's code may call, and the two exceptions everybody shares.
 
-Owns `@tool`, the checks of a definition and of every call, the built-in web and file tools, loading a user's
-own.
+Owns `@tool`, the checks of a definition and of every call, the built-in web and file tools, loading a user's own,
+and how every command line ends.
 
-Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools,
-`load_tools`.
+Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools, `load_tools`.
 
 A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes
 from the sandbox is checked against the type hints before the function sees it. The built-in ones return text
@@ -119,11 +118,6 @@ def known(hint) -> bool:
     return hint in PLAIN
 
 
-def written(hint) -> str:
-    plain = isinstance(hint, type) and not get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("typing.", "")
-
-
 @dataclass(frozen=True)
 class Tool:
     name: str
@@ -169,7 +163,8 @@ class Tool:
         for name, value in arguments.items():
             hint = self.signature.parameters[name].annotation
             if not fits(value, hint):
-                raise ToolError(f"{self.name}: {name} must be {written(hint)}, not {type(value).__name__}")
+                wanted = inspect.formatannotation(hint)
+                raise ToolError(f"{self.name}: {name} must be {wanted}, not {type(value).__name__}")
         return arguments
 
 
@@ -205,11 +200,15 @@ def tool(function: Callable) -> Tool:
 
 # -------------------------------------------------------------------------------------------- pages and files
 PAGE = 8000                              # characters of a page of text, about 2,000 tokens
-SEARCHES = {                             # in the order of preference: key or address in the environment, API
-    "serper": ("SERPER_API_KEY", "https://google.serper.dev/search"),
-    "brave": ("BRAVE_API_KEY", "https://api.search.brave.com/res/v1/web/search"),
-    "tavily": ("TAVILY_API_KEY", "https://api.tavily.com/search"),
-    "searxng": ("SEARXNG_URL", ""),
+# In the order of preference: key or address in the environment, API, where its answer has the hits, and their names
+# for title, link and text.
+SEARCHES = {
+    "serper": ("SERPER_API_KEY", "https://google.serper.dev/search", ["organic"], ("title", "link", "snippet")),
+    "brave": ("BRAVE_API_KEY", "https://api.search.brave.com/res/v1/web/search", ["web", "results"],
+              ("title", "url", "description")),
+    "tavily": ("TAVILY_API_KEY", "https://api.tavily.com/search", ["results"], ("title", "url", "content")),
+    "searxng": ("SEARXNG_URL", "", ["results"], ("title", "url", "content")),
+    "wikipedia": ("", "", ["query", "search"], ("title", "title", "snippet")),    # without a key: the last
 }
 
 
@@ -296,42 +295,38 @@ def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
         os.close(handle)
 
 
-def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple:
-    """(address, request, where the hits are in the answer, their names for title, link and text)."""
-    variable, url = SEARCHES.get(backend, ("", ""))
+def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple[str, dict]:
+    """(address, request) of a search."""
+    variable, url, *_ = SEARCHES[backend]
     key, full = os.environ.get(variable, ""), f"{query} site:{site}" if site else query
     if backend == "serper":
         span = {"tbs": f"cdr:1,cd_min:1/1/{year},cd_max:12/31/{year}"} if year else {}
-        return (url, {"json": {"q": full, "num": k, **span}, "headers": {"X-API-KEY": key}}, ["organic"],
-                ("title", "link", "snippet"))
+        return url, {"json": {"q": full, "num": k, **span}, "headers": {"X-API-KEY": key}}
     if backend == "brave":
         span = {"freshness": f"{year}-01-01to{year}-12-31"} if year else {}
-        return (url, {"params": {"q": full, "count": k, **span}, "headers": {"X-Subscription-Token": key}},
-                ["web", "results"], ("title", "url", "description"))
+        return url, {"params": {"q": full, "count": k, **span}, "headers": {"X-Subscription-Token": key}}
     if backend == "tavily":
         span = {"start_date": f"{year}-01-01", "end_date": f"{year}-12-31"} if year else {}
         sites = {"include_domains": [site]} if site else {}
-        return (url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)},
-                ["results"], ("title", "url", "content"))
+        return url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)}
     dated = f"{full} {year}" if year else full    # these two cannot be asked for a year: it becomes a word
     if backend == "searxng":
-        return (key.rstrip("/") + "/search", {"params": {"q": dated, "format": "json"}}, ["results"],
-                ("title", "url", "content"))
-    return (web.wikipedia.format("en") + "/w/api.php",
-            {"headers": {"User-Agent": AGENT}, "params": {
-                "action": "query", "list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k,
-                "format": "json"}}, ["query", "search"], ("title", "title", "snippet"))
+        return key.rstrip("/") + "/search", {"params": {"q": dated, "format": "json"}}
+    asked = {"list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k}
+    return web.wikipedia.format("en") + "/w/api.php", {
+        "headers": {"User-Agent": AGENT}, "params": {"action": "query", "format": "json", **asked}}
 
 
 # --------------------------------------------------------------------------------------------- the nine tools
 @tool
 def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site: str = "") -> str:
     """Search the web: the k best hits with title, address and text. year, site: restrict to them if given."""
-    live = next((name for name, (variable, _) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
+    live = next((name for name, (variable, *_) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
     web, backend = context.web, context.web.cache.backend_of("web_search", live)
-    url, request, path, names = search_request(backend, web, query, min(k, 20), year, site)
+    url, request = search_request(backend, web, query, min(k, 20), year, site)
 
     def pick(answer: dict) -> list:
+        _, _, path, names = SEARCHES[backend]
         for step in path:
             answer = answer.get(step) or {}
         return [[str(hit.get(name) or "") for name in names] for hit in answer]
@@ -447,10 +442,9 @@ def transcribe(context: ToolContext, path: str) -> str:
     """The spoken words of an audio file of the working directory."""
     body, (url, model, key) = file_bytes(context, path), endpoint("AUDIO")
     return context.web.ask(
-        "transcribe", {"audio": hashlib.sha256(body).hexdigest()},
-        context.web.cache.backend_of("transcribe", model), url.rstrip("/") + "/audio/transcriptions",
-        lambda answer: answer["text"], headers=bearer(key), data={"model": model},
-        files={"file": (PurePosixPath(path).name, body)})
+        "transcribe", {"audio": hashlib.sha256(body).hexdigest()}, context.web.cache.backend_of("transcribe", model),
+        url.rstrip("/") + "/audio/transcriptions", lambda answer: answer["text"], headers=bearer(key),
+        data={"model": model}, files={"file": (PurePosixPath(path).name, body)})
 
 
 def endpoint(kind: str) -> list[str]:
@@ -484,13 +478,12 @@ def preflight(web: Web) -> list[tuple[Tool, str]]:
     """The built-in tools, each with "" if it is live, else why it is left out of the prompt."""
     rows = []
     for made, packages, variables in NEEDS:
-        absent, why = ", ".join(p for p in packages if not find_spec(p)), ""
-        if absent:
+        if absent := ", ".join(p for p in packages if not find_spec(p)):
             why = f"no {absent}: pip install -r requirements-gaia.txt"
         elif web.cache.mode != "replay":
             why = "; ".join(f"{v} is not set" for v in variables if not os.environ.get(v))
-        elif variables and not web.cache.backend_of(made.name):
-            why = "nothing of it was recorded"
+        else:
+            why = "nothing of it was recorded" if variables and not web.cache.backend_of(made.name) else ""
         rows.append((replace(made, web=web), why))
     return rows
 
@@ -507,8 +500,7 @@ def prompt_text(tools: list[Tool]) -> str:
 def load_tools(spec: str | None, web: Web | None = None, beside: Iterable[Tool] = ()) -> list[Tool]:
     """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; commas between.
 
-    `beside`, which a run has anyway, come first. UserError for a file that cannot be used and for two tools
-    of one name.
+    `beside`, which a run has anyway, come first. UserError for a file that cannot be used and for two tools of one name.
     """
     found = list(beside)
     for part in filter(None, (spec or "").split(",")):

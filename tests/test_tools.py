@@ -437,16 +437,22 @@ SEARCHES = {    # API answer, request that must arrive: (method, what its body o
                 {"q": ["cats site:a.org 2020"], "format": ["json"]}, None)}
 
 
+def point(monkeypatch, backend, url):
+    """An API at another address."""
+    variable, _, *form = tools.SEARCHES[backend]
+    monkeypatch.setitem(tools.SEARCHES, backend, (variable, url, *form))
+
+
 @pytest.mark.parametrize("backend", SEARCHES)
 def test_search_apis(call, site, monkeypatch, backend):
     answer, wanted, header = SEARCHES[backend]
-    for variable, _ in tools.SEARCHES.values():
-        monkeypatch.delenv(variable, raising=False)
+    for variable, *_ in tools.SEARCHES.values():
+        monkeypatch.delenv(variable or "NONE", raising=False)
     monkeypatch.setattr(site, f"page_{backend}", site.search(answer), raising=False)
     monkeypatch.setattr(site, "page_search", site.search(answer), raising=False)
     variable = tools.SEARCHES[backend][0]
     monkeypatch.setenv(variable, site.url if backend == "searxng" else "the-secret-key")
-    monkeypatch.setitem(tools.SEARCHES, backend, (variable, f"{site.url}/{backend}"))
+    point(monkeypatch, backend, f"{site.url}/{backend}")
     assert call("web_search", "cats", 3, 2020, "a.org") == "1. T\n   http://a.org\n   S"
     method, path, headers, body = site.seen[-1]
     sent = json.loads(body) if method == "POST" else parse_qs(urlsplit(path).query)
@@ -455,8 +461,8 @@ def test_search_apis(call, site, monkeypatch, backend):
 
 
 def test_search_without_a_key_is_wikipedias(call, site, monkeypatch):
-    for variable, _ in tools.SEARCHES.values():
-        monkeypatch.delenv(variable, raising=False)
+    for variable, *_ in tools.SEARCHES.values():
+        monkeypatch.delenv(variable or "NONE", raising=False)
     assert call("web_search", "Ada") == f"1. Ada Lovelace\n   {site.url}/en/wiki/Ada_Lovelace\n   an English mathematician"
     assert "tool-r1" in site.seen[-1][2]["User-Agent"]
 
@@ -466,7 +472,7 @@ def test_hits_that_hold_the_benchmark_are_dropped(call, site, monkeypatch):
             {"title": "T", "link": "http://a.org", "snippet": QUESTION}, {"title": "good", "link": "http://b.org", "snippet": "S"}]
     monkeypatch.setenv("SERPER_API_KEY", "k")
     monkeypatch.setattr(site, "page_serper", site.search({"organic": hits}), raising=False)
-    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+    point(monkeypatch, "serper", site.url + "/serper")
     assert call("web_search", "cats") == "1. good\n   http://b.org\n   S" and call.web.counts["benchmark"] == 2
 
 
@@ -635,7 +641,7 @@ def test_record_then_replay_without_the_web_and_without_keys(site, tmp_path, mon
     file = str(tmp_path / "web.sqlite")
     monkeypatch.setenv("SERPER_API_KEY", "the-secret-key")
     monkeypatch.setattr(site, "page_serper", site.search({"organic": [{"title": "T", "link": "http://a.org", "snippet": "S"}]}), raising=False)
-    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+    point(monkeypatch, "serper", site.url + "/serper")
 
     def answers(mode):
         made, log = Web(Cache(file, mode), allow_loopback=True, seconds=2), []
@@ -737,7 +743,7 @@ def test_no_address_raises_into_a_rollout(call, url):
 def test_a_bug_in_a_tool_is_text_and_a_users_error_is_the_users(call, monkeypatch, site):
     monkeypatch.setenv("SERPER_API_KEY", "the-secret-key")
     monkeypatch.setattr(site, "page_serper", site.search([1, 2]), raising=False)      # not what Serper answers
-    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+    point(monkeypatch, "serper", site.url + "/serper")
     assert call("web_search", "x") == "ERROR[failed]: AttributeError"
 
     @tool
