@@ -32,6 +32,7 @@ VOLATILE = re.compile(
     re.IGNORECASE)
 ATTACHED = re.compile(r"^(?:attachments?|attached files?|files?|images?)\s*:\s*(.+)$", re.I | re.M)
 LONGEST_ANSWER = 60                              # characters: what a rule or a short look can check
+MAT_PAIRS = 1300                                 # the paper's number
 
 
 # -------------------------------------------------------------------------------------------------------- MAT
@@ -162,10 +163,10 @@ def line_of(task: Task, folder: Path) -> str:
 
 def is_ours(file: Path) -> bool:
     """Whether a file is in the format of train.jsonl already."""
-    first = next((r for r in file.read_text("utf-8").splitlines() if r.strip()), "")
     try:
+        first = next((r for r in file.read_text("utf-8").splitlines() if r.strip()), "")
         return file.suffix == ".jsonl" and {"id", "question", "answer"} <= set(json.loads(first))
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError):    # no JSON, no UTF-8, no object: what is wrong, its reader says
         return False
 
 
@@ -176,9 +177,10 @@ def run(args) -> None:
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already, and nothing is overwritten")
     if is_ours(args.data):
-        tasks, dropped = read_jsonl(args.data), Counter()
+        tasks, dropped, n = read_jsonl(args.data), Counter(), args.n or 0
     else:
         tasks, dropped = read_mat(args.data, args.files or args.data.parent)
+        n = MAT_PAIRS if args.n is None else args.n
     total = len(tasks) + dropped.total()
     flagged = overlap(tasks, read_gaia(args.gaia_dir)) if args.gaia_dir else {}
     if args.remove_overlap:
@@ -186,9 +188,9 @@ def run(args) -> None:
             raise UserError("--remove-overlap needs --gaia-dir")
         dropped["overlap with GAIA"] = len(flagged)
         tasks = [t for t in tasks if t.id not in flagged]
-    if len(tasks) > args.n > 0:
-        dropped["beyond --n"] = len(tasks) - args.n
-        tasks = random.Random(args.seed).sample(tasks, args.n)
+    if len(tasks) > n > 0:
+        dropped["beyond --n"] = len(tasks) - n
+        tasks = random.Random(args.seed).sample(tasks, n)
     if not tasks:
         raise UserError(f"{args.data}: nothing is left of {total} records: {dict(dropped)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +211,7 @@ def main(argv=None) -> int:
     p.add_argument("data", type=Path, help="a MAT / MM-Traj JSON file, or a train.jsonl to be checked")
     p.add_argument("--files", type=Path, help="folder of MAT's images and files; default: beside the JSON")
     p.add_argument("--out", type=Path, default=Path("train.jsonl"))
-    p.add_argument("--n", type=int, default=1300, help="at most so many pairs, drawn by --seed; 0: all")
+    p.add_argument("--n", type=int, help=f"at most so many, drawn by --seed; 0: all; default: {MAT_PAIRS} of MAT, else all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--gaia-dir", help="check against this copy of GAIA's validation split")
     p.add_argument("--remove-overlap", action="store_true", help="leave out what the check flags")

@@ -200,6 +200,7 @@ def tool(function: Callable) -> Tool:
 
 # -------------------------------------------------------------------------------------------- pages and files
 PAGE = 8000                              # characters of a page of text, about 2,000 tokens
+MAX_FILE = 50 * 2**20                    # bytes of a file that a tool reads
 # In the order of preference: key or address in the environment, API, where its answer has the hits, and their names
 # for title, link and text.
 SEARCHES = {
@@ -261,21 +262,21 @@ def page_text(context: ToolContext, url: str) -> tuple[str, str]:
     return address, re.sub(relative, lambda m: f"]({urljoin(address, m[1])}", text)
 
 
-def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> bytes:
+def file_bytes(context: ToolContext, path: str) -> bytes:
     """A file below the working directory; where the sandbox hides that, an attachment or a download by name."""
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise WebError("no_file", "give a path relative to the working directory")
     if context.workdir is not None:
-        return open_below(context.workdir, parts, limit)
+        return open_below(context.workdir, parts)
     known = {**context.files, **context.state.get("downloads", {})}
     if (found := known.get("/".join(parts))) is None:
         names = ", ".join(known) or "none"
         raise WebError("no_file", f"{path}: only attachments and downloads can be read: {names}")
-    return found if isinstance(found, bytes) else Path(found).read_bytes()[:limit]
+    return found if isinstance(found, bytes) else Path(found).read_bytes()[:MAX_FILE]
 
 
-def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
+def open_below(folder: Path, parts: tuple[str, ...]) -> bytes:
     """The content of a regular file, reached part by part without following links: the sandboxed code, which
     can write there, may put a link to a file of the host in the way at any moment."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -285,10 +286,10 @@ def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
             inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | kind, dir_fd=handle)
             os.close(handle)
             handle = inner
-        if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_size > limit:
-            raise WebError("no_file", f"{parts[-1]} is no regular file of at most {limit // 2**20} MiB")
+        if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_size > MAX_FILE:
+            raise WebError("no_file", f"{parts[-1]} is no regular file of at most {MAX_FILE // 2**20} MiB")
         with os.fdopen(os.dup(handle), "rb") as file:
-            return file.read(limit)
+            return file.read(MAX_FILE)
     except OSError as error:
         raise WebError("no_file", f"{'/'.join(parts)}: {error.strerror}") from error
     finally:

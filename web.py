@@ -1,8 +1,7 @@
 """The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on this.
 
-Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how
-much), `holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text`
-(documents).
+Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how much),
+`holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text` (documents).
 
 Read in this order: `WebError`, `Cache.answer`, `Web.get` with `guarded`, `to_text`.
 
@@ -197,14 +196,14 @@ class PublicOnly(HTTPAdapter):
         super().close()
 
 
-def body_of(response, deadline: float, limit: int = MAX_BYTES) -> bytes:
-    """The body as it streams in, at most `limit` bytes and not after the deadline."""
+def body_of(response, deadline: float) -> bytes:
+    """The body as it streams in, at most MAX_BYTES and not after the deadline."""
     chunks, size = [], 0
     for chunk in response.iter_content(65536):
         chunks.append(chunk)
         size += len(chunk)
-        if size > limit:
-            raise WebError("too_large", f"more than {limit // 2**20} MiB", keep=True)
+        if size > MAX_BYTES:
+            raise WebError("too_large", f"more than {MAX_BYTES // 2**20} MiB", keep=True)
         if time.monotonic() >= deadline:
             break
     if time.monotonic() >= deadline:    # also where the cut connection looks like the end of the page
@@ -223,8 +222,7 @@ class Web:
     counts: Counter = field(default_factory=Counter)
 
     def fetch(self, url: str, seconds: float = math.inf) -> tuple[str, str, bytes]:
-        """(final address, content type, body) of a public page, recorded or fetched; WebError if it is not to
-        be had."""
+        """(final address, content type, body) of a public page, recorded or fetched; WebError if it is not to be had."""
         self.not_the_benchmark(url)
         url, kind, body = self.cache.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
         return url, kind, base64.b64decode(body)
@@ -272,10 +270,10 @@ class Web:
         return self.cache.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
 
 
-def call(url: str, seconds: float, tries: int = 3, **request):
+def call(url: str, seconds: float, **request):
     """One POST (with `json`, `data` or `files`) or GET to a trusted API -> its JSON. Retries with backoff."""
     deadline, method = time.monotonic() + seconds, "GET" if set(request) <= {"params", "headers"} else "POST"
-    for attempt in range(tries):
+    for pause in (0.5, 1.0, 2.0, math.inf):
         try:
             response = requests.request(method, url, timeout=max(deadline - time.monotonic(), 0.1), **request)
             status, kind = response.status_code, f"http_{response.status_code}"
@@ -288,8 +286,7 @@ def call(url: str, seconds: float, tries: int = 3, **request):
             kind, passing = "bad_answer", False
         except requests.RequestException as error:
             kind, passing = "timeout" if isinstance(error, requests.Timeout) else "network", True
-        pause = 2.0 ** attempt * 0.5
-        if not passing or attempt + 1 == tries or time.monotonic() + pause > deadline:
+        if not passing or time.monotonic() + pause > deadline:
             break
         time.sleep(pause)
     raise WebError(kind, f"{urlsplit(url).hostname} did not answer as it should")
@@ -297,7 +294,7 @@ def call(url: str, seconds: float, tries: int = 3, **request):
 
 def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0, tokens: int = 512) -> str:
     """The reply of an OpenAI-compatible server; `url` is what its documentation calls the base URL."""
-    answer = call(f"{url.rstrip('/')}/chat/completions", seconds, tries=4, headers=bearer(key),
+    answer = call(f"{url.rstrip('/')}/chat/completions", seconds, headers=bearer(key),
                   json={"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
     try:
         return str(answer["choices"][0]["message"]["content"] or "")

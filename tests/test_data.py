@@ -59,6 +59,17 @@ def test_bad_files_are_named(tmp_path):
     for name, complaint in [("a.json", "a.json:2: "), ("b.jsonl", "b.jsonl:2: "), ("c.json", "c.json: ")]:
         with pytest.raises(UserError, match=complaint):
             read_mat(tmp_path / name, tmp_path)
+        assert data.main([str(tmp_path / name), "--out", str(tmp_path / "out.jsonl")]) == 2
+
+
+def test_a_training_file_is_checked_whole(tmp_path, capsys):
+    """--n is for MAT: whoever has his own data checked wants all of it back."""
+    (tmp_path / "own.jsonl").write_text("".join(
+        json.dumps({"id": i, "question": f"What is {i} plus {i}?", "answer": 2 * i}) + "\n" for i in range(1400)))
+    assert data.main([str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "all.jsonl")]) == 0
+    assert data.main([str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "ten.jsonl"), "--n", "10"]) == 0
+    assert [len(read_jsonl(tmp_path / name)) for name in ("all.jsonl", "ten.jsonl")] == [1400, 10]
+    assert "not checked against GAIA" in capsys.readouterr().out
 
 
 def test_equal_ids_are_told_apart(tmp_path):
