@@ -94,7 +94,8 @@ def pair_of(record: dict, folder: Path) -> Task:
     if VOLATILE.search(question):
         raise Dropped("time-volatile")
     observed = clean(" ".join([text for role, text in turns if role == "user"][1:]))
-    if turns and clean(answer) not in observed:
+    whole = rf"(?<!\w)(?<!\d[.,]){re.escape(clean(answer))}(?!\w|[.,]\d)"    # a 3 is not in 13 or 3.5
+    if turns and not re.search(whole, observed):
         raise Dropped("answer not verified")    # it stands in nothing that the agent saw: perhaps made up
     files = files_of(record, asked, folder)
     return Task(str(record.get("id") or record.get("task_id") or ""), question, answer, files, "1", "mat")

@@ -508,7 +508,7 @@ def load_tools(spec: str | None, web: Web | None = None, beside: Iterable[Tool] 
         found += [t for t, why in preflight(web or Web()) if not why] if part == "web" else tools_of(part)
     names = [t.name for t in found]
     if twice := {n for n in names if names.count(n) > 1}:
-        raise UserError(f"--tools {spec}: two tools are called {min(twice)}")
+        raise UserError(f"--tools: two tools are called {min(twice)}; rename yours")
     return found
 
 

@@ -38,7 +38,7 @@ BAD = [
     (record(answer="final_answer(f'{x}')"), "answer is not a constant"), (record(answer=f"final_answer('{'long ' * 20}')"), "answer not short"),
     (record(question="What is the current population of Lima in Peru?"), "time-volatile"),
     (record(question="Who is the latest winner of that big prize?"), "time-volatile"),
-    (record(seen="There are many"), "answer not verified"), (record(image={"<image_0>": "none.jpg"}), "file missing"), ("text", "no record")]
+    (record(seen="There are many"), "answer not verified"), (record(seen="13 cars, 3.5 of them, 32 wheels"), "answer not verified"), (record(image={"<image_0>": "none.jpg"}), "file missing"), ("text", "no record")]
 
 
 def test_every_drop_is_counted_by_reason(tmp_path):
@@ -147,11 +147,11 @@ def test_the_one_command(tmp_path):
                               cwd=tmp_path, capture_output=True, text=True)
     done = run("train.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap")
     assert done.returncode == 0, done.stderr
-    assert "20 records read, 6 kept" in done.stdout and "1 share something with GAIA, removed" in done.stdout
+    assert "21 records read, 6 kept" in done.stdout and "1 share something with GAIA, removed" in done.stdout
     tasks, report = read_jsonl(tmp_path / "train.jsonl"), json.loads((tmp_path / "train.jsonl.report.json").read_text())
     assert [t.id for t in tasks] == report["ids"] and report["flagged"] == {"leak": ["entities of g2"]} and report["seed"] == 0
     assert tasks[0].files == {"car.jpg": (tmp_path / "files" / "car.jpg").resolve()}
-    assert report["dropped"]["time-volatile"] == 2 and report["dropped"]["beyond --n"] == 4 and report["read"] == 20
+    assert report["dropped"]["time-volatile"] == 2 and report["dropped"]["beyond --n"] == 4 and report["read"] == 21
     assert run("again.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap").returncode == 0
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "train.jsonl").read_text()
     again = run("train.jsonl")

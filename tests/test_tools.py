@@ -17,8 +17,8 @@ import pytest
 
 import tools
 import web
-from tools import (Tool, ToolContext, ToolError, UserError, find, load_tools, open_web, preflight, prompt_text, read_file,
-                   tool, visit)
+from tools import (Tool, ToolContext, ToolError, UserError, exit_status, load_tools, open_web, preflight, prompt_text, tool,
+                   visit)
 from web import Cache, Web, WebError, check_address, holds_benchmark, to_text
 
 for package in ("markitdown", "pypdf", "openpyxl"):
@@ -126,6 +126,15 @@ def test_a_users_own_file(tmp_path):
         load_tools(f"web,{file}")
     with pytest.raises(UserError, match="two tools are called shout"):
         load_tools(str(tmp_path / "again.py"), beside=[shout])
+
+
+@pytest.mark.parametrize("problem, status, said", [
+    (None, 0, ""), (UserError("--x: no"), 2, "error: --x: no\n"), (KeyboardInterrupt(), 130, "\ninterrupted; go on\n")])
+def test_command_lines_end_alike(capsys, problem, status, said):
+    def command():
+        if problem:
+            raise problem
+    assert exit_status(command, "go on") == status and capsys.readouterr().err == said
 
 
 # ------------------------------------------------------------------------------------------------ the test's own web
