@@ -212,7 +212,7 @@ def main(argv=None) -> int:
     p.add_argument("data", type=Path, help="a MAT / MM-Traj JSON file, or a train.jsonl to be checked")
     p.add_argument("--files", type=Path, help="folder of MAT's images and files; default: beside the JSON")
     p.add_argument("--out", type=Path, default=Path("train.jsonl"))
-    p.add_argument("--n", type=int, help=f"at most so many, drawn by --seed; 0: all; default: {MAT_PAIRS} of MAT, else all")
+    p.add_argument("--n", type=int, help=f"at most so many, by --seed; 0: all; default: {MAT_PAIRS} of MAT, else all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--gaia-dir", help="check against this copy of GAIA's validation split")
     p.add_argument("--remove-overlap", action="store_true", help="leave out what the check flags")

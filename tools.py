@@ -501,7 +501,7 @@ def prompt_text(tools: list[Tool]) -> str:
 def load_tools(spec: str | None, web: Web | None = None, beside: Iterable[Tool] = ()) -> list[Tool]:
     """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; commas between.
 
-    `beside`, which a run has anyway, come first. UserError for a file that cannot be used and for two tools of one name.
+    `beside`, which a run has anyway, come first. UserError for an unusable file and for two tools of one name.
     """
     found = list(beside)
     for part in filter(None, (spec or "").split(",")):

@@ -222,7 +222,7 @@ class Web:
     counts: Counter = field(default_factory=Counter)
 
     def fetch(self, url: str, seconds: float = math.inf) -> tuple[str, str, bytes]:
-        """(final address, content type, body) of a public page, recorded or fetched; WebError if it is not to be had."""
+        """(final address, content type, body) of a public page, recorded or fetched; else WebError."""
         self.not_the_benchmark(url)
         url, kind, body = self.cache.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
         return url, kind, base64.b64decode(body)
