@@ -322,16 +322,15 @@ def choose_tasks(args, data: str | int) -> tuple[list[Task], str]:
 def hub_copy() -> str:
     """GAIA from the hub, which wants a token whose owner has accepted the dataset's conditions."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
     try:
         return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
-    except (HfHubHTTPError, OSError) as error:
+    except OSError as error:    # refused, not found, no network: the hub's errors are all of this kind
         raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {ACCESS} (given "
                         "at once), then `hf auth login` or HF_TOKEN=...") from error
 
 
 def inherited(ckpt: Path | None) -> dict:
-    """What train.py wrote beside the adapter; {} for an adapter that comes from elsewhere."""
+    """What train.py wrote beside the adapter; of an adapter that comes from elsewhere, its base model."""
     if ckpt is None:
         return {}
     if not ckpt.is_dir():

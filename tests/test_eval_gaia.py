@@ -283,6 +283,16 @@ def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
     assert len(read_records(here / "ev" / "trajectories.jsonl")) == 4
 
 
+def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    assert issubclass(GatedRepoError, OSError) and issubclass(LocalEntryNotFoundError, OSError)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
+    assert main(["--gaia-dir", "hub", "--out", "ev"]) == 2
+    assert "ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
+
+
 def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
     place = here / "GAIA" / "2023" / "test"
     place.mkdir(parents=True)
