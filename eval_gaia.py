@@ -89,8 +89,7 @@ def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, lo
         ("timeout", bool(statuses & {"timeout", "killed"}) or "timeout" in kinds),
         ("syntax", last is not None and "SyntaxError" in last.observation),
         ("runtime", last is not None and last.status == "error"),
-        ("context_limit", t.stop_reason in ("context_limit", "length")),
-        ("step_limit", t.stop_reason == "turn_limit")]
+        ("context_limit", t.stop_reason in ("context_limit", "length")), ("step_limit", t.stop_reason == "turn_limit")]
     return next((name for name, applies in ways if applies), "no_answer")
 
 
@@ -100,16 +99,14 @@ def record_of(task: Task, t: Trajectory, calls: list[Call], reward: Reward) -> d
     rule = heuristic_judge(task.question, task.answer, answer)
     official = reward.official and task.answer != HIDDEN
     return {
-        "task_id": task.id, "sample": t.sample, "level": task.level,
-        "question": task.question, "gold": task.answer,
+        "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
         "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
         "answer": answer, "official": official, "heuristic": rule,
         "llm": bool(reward.answer) if reward.source == "llm" else None,
         "category": category_of(task, t, calls, official, rule == "right" or reward.answer == 1),
         "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
         "tool_calls": len(calls), "cache_hits": sum(c.hits for c in calls),
-        "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls),
-        "trajectory": t.to_dict()}
+        "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls), "trajectory": t.to_dict()}
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -200,8 +197,7 @@ def share(records: list[dict]) -> dict:
         by_task[r["task_id"]].append((official, bool(heuristic), bool(judged)))
     n = len(by_task)
     means = [fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0 for i in range(3)]
-    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n),
-            "heuristic": means[1], "llm": means[2]}
+    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n), "heuristic": means[1], "llm": means[2]}
 
 
 def agreement(records: list[dict]) -> dict:
@@ -229,10 +225,9 @@ def summary(records: list[dict], samples: int) -> dict:
         return {value: share([r for r in records if r[key] == value]) for value in sorted({r[key] for r in records})}
     result = {
         **share(records), "levels": shares("level"), "attachments": shares("attachment"),
-        "text_only": share([r for r in records if r["attachment"] == "none"]),
-        "agreement": agreement(records), "llm_asked": sum(r["llm"] is not None for r in records),
-        "missing": sum(r["answer"] is None for r in records),
-        "categories": Counter(r["category"] for r in records),
+        "text_only": share([r for r in records if r["attachment"] == "none"]), "agreement": agreement(records),
+        "llm_asked": sum(r["llm"] is not None for r in records),
+        "missing": sum(r["answer"] is None for r in records), "categories": Counter(r["category"] for r in records),
         "mean": {k: fmean(r[k] for r in records)
                  for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
     if samples > 1:
@@ -266,8 +261,7 @@ def printed(result: dict, samples: int) -> str:
         *lines, f"agreement ({result['agreement']['unsure']} unsure): "
         + "; ".join(f"{k} {100 * v['agree']:.1f} % of {v['n']}" for k, v in pairs.items()),
         "what became of them: " + ", ".join(f"{k} {v}" for k, v in categories),
-        f"no answer: {result['missing']}; mean "
-        + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
+        f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
 
 
 def evaluation_in(path: Path) -> tuple[dict[str, list[bool]], dict]:
@@ -403,9 +397,8 @@ def prepare(args) -> tuple[Evaluation, dict]:
     own = ",".join(part for part in (args.tools or run.get("tools") or "").split(",") if part != "web")
     tools = [replace(t, log=log) for t in load_tools(own, web, BUILTIN_TOOLS if small else load_tools("web", web))]
     settings = {
-        "model": policy.name, "adapter": file_hash(args.ckpt), "seed": args.seed,
-        "sampling": asdict(sampling), "prompt": policy.preset.prompt,
-        "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
+        "model": policy.name, "adapter": file_hash(args.ckpt), "seed": args.seed, "sampling": asdict(sampling),
+        "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
         "data": args.gaia_dir or run.get("config", {}).get("difficulty", 0), "split": args.split,
         "judge": [args.judge, args.judge_model],
         "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}

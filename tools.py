@@ -458,8 +458,7 @@ READERS = ["markitdown", "pypdf", "openpyxl"]
 NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variables of the environment
     (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []),
     (archive, READERS, []), (download, [], []), (read_file, READERS, []),
-    (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
-    (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
+    (ask_image, [], ["VISION_URL", "VISION_MODEL"]), (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
 
 
 def open_web(spec: str) -> Web:
