@@ -97,7 +97,7 @@ EXAM = [Task("g1", "If Ada Brunner could row her record-making lake crossing pac
      "8-gram of g1"),
     ("Who plays Hedda in what Greta Lind made in Oslo in 1987?", "x", "entities of g2"),
     ("Who was the wife of the painter who lived in Oslo?", "Ruth Aasen", "answer and an entity of g2"),
-    ("Who was the wife of the painter?", "Ruth Aasen", None), ("How many hours are in 17 days in Oslo?", "17", None)])
+    ("Who was the wife of the painter?", "Ruth Aasen", None), ("How old was Ada Brunner then?", "17", None)])
 def test_overlap_by_hand(question, answer, reason):
     assert overlap([Task("t", question, answer)], EXAM) == ({"t": [reason]} if reason else {})
 

@@ -170,6 +170,7 @@ def test_a_line_cut_by_a_kill_is_no_record(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": 2, "tr')
     assert read_records(file) == [{"a": 1}] and read_records(tmp_path / "none") == []
+    assert read_records(file, cut=True) == [{"a": 1}] and file.read_text() == json.dumps({"a": 1}) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -223,8 +224,12 @@ def test_offline_set_and_settings_moved_aside(here, capsys):
     out = capsys.readouterr().out
     assert "NOT GAIA" in out and "pass@2" in out and "maj@2" in out and "Wilson" in out
     first = (here / "ev" / "trajectories.jsonl").read_text()
-    assert Counter(r["sample"] for r in read_records(here / "ev" / "trajectories.jsonl")) == {0: 6, 1: 6}
-    assert main(["--limit", "6", "--samples", "2", "--out", "ev"]) == 0
+    records = read_records(here / "ev" / "trajectories.jsonl")
+    assert Counter(r["sample"] for r in records) == {0: 6, 1: 6}
+    one, other = ([r["trajectory"]["ids"] for r in records if r["sample"] == s] for s in (0, 1))
+    assert one != other                                                    # each sample has a seed of its own
+    assert main(["--limit", "6", "--samples", "2", "--out", "ev", "--export"]) == 0
+    assert len((here / "ev" / "submission.jsonl").read_text().splitlines()) == 6       # the first sample of each
     assert "12 of 12 are done" in capsys.readouterr().out and (here / "ev" / "trajectories.jsonl").read_text() == first
     assert main(["--limit", "6", "--seed", "1", "--out", "ev"]) == 0
     assert "moved to ev.1" in capsys.readouterr().out and (here / "ev.1" / "trajectories.jsonl").read_text() == first

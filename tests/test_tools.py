@@ -237,6 +237,9 @@ class Site:
     def page_away(self, h, url):
         self.redirect(h, parse_qs(url.query)["to"][0])
 
+    def page_leak(self, h, url):
+        self.redirect(h, "https://huggingface.co/datasets/gaia-benchmark/GAIA")
+
     def page_slow(self, h, url):
         time.sleep(60)
         self.send(h, "late")
@@ -368,7 +371,7 @@ def test_find_shows_the_places(call, site):
     ("/bomb", "ERROR[too_large]"), ("/away?to=http://10.0.0.1/", "ERROR[blocked]"),
     ("/away?to=http://169.254.169.254/latest", "ERROR[blocked]"),
     ("/away?to=file:///etc/passwd", "ERROR[blocked]"), ("/away?to=ftp://example.org/", "ERROR[blocked]"),
-    ("/away?to=https://huggingface.co/datasets/gaia-benchmark/GAIA", "ERROR[blocked]")])
+    ("/leak", "ERROR[blocked]: this site holds the benchmark")])
 def test_what_goes_wrong_is_text(call, site, path, error):
     call.web.seconds = 1 if "timeout" in error else 30
     begin = time.monotonic()
