@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import eval_gaia
-from eval_gaia import (Evaluation, announce, category_of, chunks, compare, main, mcnemar, paired_bootstrap, pass_at_k,
-                       read_records, summary, vote, wilson)
+from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar,
+                       paired_bootstrap, parse_args, pass_at_k, read_records, summary, vote, wilson)
 from rollout import Sampling, Step, Trajectory
 from tasks import Task, builtin_tasks, export_gaia, read_gaia
 from tools import Call, UserError, load_tools, open_web
@@ -286,6 +286,17 @@ def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
     monkeypatch.setattr(eval_gaia, "rollout", real)
     assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0                # the next run does what is missing
     assert len(read_records(here / "ev" / "trajectories.jsonl")) == 4
+
+
+def test_choosing_questions(here):
+    tasks = gaia(here / "GAIA", 24)
+
+    def chosen(*flags):
+        return [t.id for t in choose_tasks(parse_args(["--gaia-dir", "GAIA", *flags]), "GAIA")[0]]
+    assert chosen() == [t.id for t in tasks] and chosen("--limit", "5") == [t.id for t in tasks[:5]]
+    assert chosen("--levels", "1", "3") == [t.id for t in tasks if t.level in "13"] != chosen()
+    assert chosen("--text-only") == [t.id for t in tasks if not t.files] != chosen()
+    assert chosen("--ids", tasks[7].id, tasks[2].id) == [tasks[2].id, tasks[7].id]
 
 
 def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
