@@ -369,6 +369,7 @@ def test_find_shows_the_places(call, site):
     ("/nothing", "ERROR[http_404]"), ("/loop", "ERROR[network]: too many redirects"), ("/slow", "ERROR[timeout]"),
     ("/drip", "ERROR[timeout]"), ("/headers", "ERROR[timeout]"), ("/endless", "ERROR[too_large]"),
     ("/bomb", "ERROR[too_large]"), ("/away?to=http://10.0.0.1/", "ERROR[blocked]"),
+    ("/away?to=https://10.0.0.1/", "ERROR[blocked]"),
     ("/away?to=http://169.254.169.254/latest", "ERROR[blocked]"),
     ("/away?to=file:///etc/passwd", "ERROR[blocked]"), ("/away?to=ftp://example.org/", "ERROR[blocked]"),
     ("/leak", "ERROR[blocked]: this site holds the benchmark")])
@@ -500,6 +501,16 @@ def test_hits_that_hold_the_benchmark_are_dropped(call, site, monkeypatch):
     monkeypatch.setattr(site, "page_serper", site.search({"organic": hits}), raising=False)
     point(monkeypatch, "serper", site.url + "/serper")
     assert call("web_search", "cats") == "1. good\n   http://b.org\n   S" and call.web.counts["benchmark"] == 2
+
+
+def test_no_more_hits_than_asked_for(call, site, monkeypatch):
+    hits = [{"title": f"T{i}", "link": f"http://a.org/{i}", "snippet": "S"} for i in range(30)]
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    monkeypatch.setattr(site, "page_serper", site.search({"organic": hits}), raising=False)
+    point(monkeypatch, "serper", site.url + "/serper")
+    assert call("web_search", "cats", 2) == "1. T0\n   http://a.org/0\n   S\n2. T1\n   http://a.org/1\n   S"
+    call("web_search", "cats", 500)
+    assert json.loads(site.seen[-1][3])["num"] == 20                       # what the APIs allow
 
 
 def test_wiki_as_it_was(call, site):
