@@ -310,7 +310,8 @@ def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
 
 
 def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
-    export_gaia(builtin_tasks("heldout", 6, 5), here / "GAIA", "test")    # its answers: somebody's guesses
+    export_gaia(builtin_tasks("heldout", 6, 5), here / "GAIA")              # its answers: somebody's guesses
+    (here / "GAIA" / "2023" / "validation").rename(here / "GAIA" / "2023" / "test")
     monkeypatch.setattr(eval_gaia.Judge, "ask", lambda *_: pytest.fail("nothing is judged, so nothing is paid"))
     flags = ["--split", "test", "--out", "ev", "--export", "--judge", "local"]
     assert main(["--gaia-dir", "GAIA", *flags]) == 0
