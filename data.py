@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from reward import clean
-from tasks import Task, read_gaia, read_jsonl
-from tools import OneLineParser, UserError
+from tasks import Task, read_gaia, read_jsonl, read_rows
+from tools import OneLineParser, UserError, exit_status
 from web import ngrams
 
 VOLATILE = re.compile(
@@ -32,6 +32,7 @@ VOLATILE = re.compile(
     re.IGNORECASE)
 ATTACHED = re.compile(r"^(?:attachments?|attached files?|files?|images?)\s*:\s*(.+)$", re.I | re.M)
 LONGEST_ANSWER = 60                              # characters: what a rule or a short look can check
+MAT_PAIRS = 1300                                 # the paper's number
 
 
 # -------------------------------------------------------------------------------------------------------- MAT
@@ -93,21 +94,22 @@ def pair_of(record: dict, folder: Path) -> Task:
     if VOLATILE.search(question):
         raise Dropped("time-volatile")
     observed = clean(" ".join([text for role, text in turns if role == "user"][1:]))
-    if turns and clean(answer) not in observed:
+    whole = rf"(?<!\w)(?<!\d[.,]){re.escape(clean(answer))}(?!\w|[.,]\d)"    # a 3 is not in 13 or 3.5
+    if turns and not re.search(whole, observed):
         raise Dropped("answer not verified")    # it stands in nothing that the agent saw: perhaps made up
     files = files_of(record, asked, folder)
     return Task(str(record.get("id") or record.get("task_id") or ""), question, answer, files, "1", "mat")
 
 
 def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
-    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without
-    duplicates."""
-    text = file.read_text("utf-8")
+    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without duplicates."""
     try:
-        lines = [line for line in text.splitlines() if line.strip()]
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        text = file.read_text("utf-8")
+        records = json.loads(text) if text.lstrip().startswith("[") else [row for _, row in read_rows(file)]
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
     tasks, dropped, seen, ids = [], Counter(), set(), Counter()
     for number, record in enumerate(records):
         try:
@@ -134,8 +136,7 @@ def entities(text: str) -> set[str]:
 
 
 def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
-    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same
-    answer."""
+    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same answer."""
     exam_grams = {gram: e.id for e in exam for gram in ngrams(e.question)}
     known = [(e.id, entities(e.question), clean(e.answer)) for e in exam]
     flagged: dict[str, list[str]] = {}
@@ -163,10 +164,10 @@ def line_of(task: Task, folder: Path) -> str:
 
 def is_ours(file: Path) -> bool:
     """Whether a file is in the format of train.jsonl already."""
-    first = next((r for r in file.read_text("utf-8").splitlines() if r.strip()), "")
     try:
+        first = next((r for r in file.read_text("utf-8").splitlines() if r.strip()), "")
         return file.suffix == ".jsonl" and {"id", "question", "answer"} <= set(json.loads(first))
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError):    # no JSON, no UTF-8, no object: what is wrong, its reader says
         return False
 
 
@@ -177,9 +178,10 @@ def run(args) -> None:
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already, and nothing is overwritten")
     if is_ours(args.data):
-        tasks, dropped = read_jsonl(args.data), Counter()
+        tasks, dropped, n = read_jsonl(args.data), Counter(), args.n or 0
     else:
         tasks, dropped = read_mat(args.data, args.files or args.data.parent)
+        n = MAT_PAIRS if args.n is None else args.n
     total = len(tasks) + dropped.total()
     flagged = overlap(tasks, read_gaia(args.gaia_dir)) if args.gaia_dir else {}
     if args.remove_overlap:
@@ -187,9 +189,9 @@ def run(args) -> None:
             raise UserError("--remove-overlap needs --gaia-dir")
         dropped["overlap with GAIA"] = len(flagged)
         tasks = [t for t in tasks if t.id not in flagged]
-    if len(tasks) > args.n > 0:
-        dropped["beyond --n"] = len(tasks) - args.n
-        tasks = random.Random(args.seed).sample(tasks, args.n)
+    if len(tasks) > n > 0:
+        dropped["beyond --n"] = len(tasks) - n
+        tasks = random.Random(args.seed).sample(tasks, n)
     if not tasks:
         raise UserError(f"{args.data}: nothing is left of {total} records: {dict(dropped)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -210,16 +212,11 @@ def main(argv=None) -> int:
     p.add_argument("data", type=Path, help="a MAT / MM-Traj JSON file, or a train.jsonl to be checked")
     p.add_argument("--files", type=Path, help="folder of MAT's images and files; default: beside the JSON")
     p.add_argument("--out", type=Path, default=Path("train.jsonl"))
-    p.add_argument("--n", type=int, default=1300, help="at most so many pairs, drawn by --seed; 0: all")
+    p.add_argument("--n", type=int, help=f"at most so many, by --seed; 0: all; default: {MAT_PAIRS} of MAT, else all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--gaia-dir", help="check against this copy of GAIA's validation split")
     p.add_argument("--remove-overlap", action="store_true", help="leave out what the check flags")
-    try:
-        run(p.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(p.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from policy import Policy, load_policy
 from reward import Judge, Reward, clean, compute_rewards, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
-from tools import (NEEDS, Call, OneLineParser, Tool, UserError, load_tools, open_web, preflight,
-                   prompt_text)
+from tools import (NEEDS, Call, OneLineParser, Tool, UserError, exit_status, load_tools, open_web,
+                   preflight_table, prompt_text)
 from web import Web
 
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions of GAIA's validation split, by level
@@ -55,8 +55,7 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv
-    2107.03374)."""
+    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv 2107.03374)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -90,26 +89,24 @@ def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, lo
         ("timeout", bool(statuses & {"timeout", "killed"}) or "timeout" in kinds),
         ("syntax", last is not None and "SyntaxError" in last.observation),
         ("runtime", last is not None and last.status == "error"),
-        ("context_limit", t.stop_reason in ("context_limit", "length")),
-        ("step_limit", t.stop_reason == "turn_limit")]
+        ("context_limit", t.stop_reason in ("context_limit", "length")), ("step_limit", t.stop_reason == "turn_limit")]
     return next((name for name, applies in ways if applies), "no_answer")
 
 
 def record_of(task: Task, t: Trajectory, calls: list[Call], reward: Reward) -> dict:
     """One line of trajectories.jsonl."""
-    rule = heuristic_judge(task.question, task.answer, t.answer)
+    answer = None if t.stop_reason == "error" else t.answer    # of a broken host, whatever it left behind
+    rule = heuristic_judge(task.question, task.answer, answer)
     official = reward.official and task.answer != HIDDEN
     return {
-        "task_id": task.id, "sample": t.sample, "level": task.level,
-        "question": task.question, "gold": task.answer,
+        "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
         "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
-        "answer": t.answer, "official": official, "heuristic": rule,
+        "answer": answer, "official": official, "heuristic": rule,
         "llm": bool(reward.answer) if reward.source == "llm" else None,
         "category": category_of(task, t, calls, official, rule == "right" or reward.answer == 1),
         "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
         "tool_calls": len(calls), "cache_hits": sum(c.hits for c in calls),
-        "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls),
-        "trajectory": t.to_dict()}
+        "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls), "trajectory": t.to_dict()}
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -130,8 +127,7 @@ class Evaluation:
 
 
 def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
-    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the
-    chunk."""
+    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the chunk."""
     file = run.out / "trajectories.jsonl"
     records = {(r["task_id"], r["sample"]): r for r in read_records(file, cut=True)}
     missing = [(s, t) for s in range(run.samples) for t in run.tasks if (t.id, s) not in records]
@@ -152,23 +148,18 @@ def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
 
 
 def chunks(missing: list[tuple[int, Task]], size: int):
-    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their
-    question."""
-    waiting = list(missing)
-    while waiting:
-        sample, taken, questions = waiting[0][0], [], set()
-        for s, task in waiting:
-            if s == sample and task.question not in questions and len(taken) < size:
-                taken.append(task)
-                questions.add(task.question)
-        ids = {t.id for t in taken}
-        waiting = [(s, t) for s, t in waiting if s != sample or t.id not in ids]
-        yield sample, taken
+    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their question."""
+    for sample in sorted({s for s, _ in missing}):
+        waiting = [t for s, t in missing if s == sample]
+        while waiting:
+            one_each = {t.question: t for t in reversed(waiting)}
+            taken = [t for t in waiting if one_each[t.question] is t][:size]
+            yield sample, taken
+            waiting = [t for t in waiting if t not in taken]
 
 
 def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
-    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made
-    alone."""
+    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made alone."""
     run.log.clear()
     groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
     pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
@@ -206,8 +197,7 @@ def share(records: list[dict]) -> dict:
         by_task[r["task_id"]].append((official, bool(heuristic), bool(judged)))
     n = len(by_task)
     means = [fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0 for i in range(3)]
-    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n),
-            "heuristic": means[1], "llm": means[2]}
+    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n), "heuristic": means[1], "llm": means[2]}
 
 
 def agreement(records: list[dict]) -> dict:
@@ -231,21 +221,19 @@ def vote(records: list[dict]) -> bool:
 
 def summary(records: list[dict], samples: int) -> dict:
     """results.json: the official accuracy first, then everything beside it."""
-    by_task, tables = defaultdict(list), {"level": {}, "attachment": {}}
-    for r in records:
-        by_task[r["task_id"]].append(r)
-    for key, table in tables.items():
-        for value in sorted({r[key] for r in records}):
-            table[value] = share([r for r in records if r[key] == value])
+    def shares(key: str) -> dict:
+        return {value: share([r for r in records if r[key] == value]) for value in sorted({r[key] for r in records})}
     result = {
-        **share(records), "levels": tables["level"], "attachments": tables["attachment"],
-        "text_only": share([r for r in records if r["attachment"] == "none"]),
-        "agreement": agreement(records), "llm_asked": sum(r["llm"] is not None for r in records),
-        "missing": sum(r["answer"] is None or r["category"] == "infrastructure" for r in records),
-        "categories": Counter(r["category"] for r in records),
+        **share(records), "levels": shares("level"), "attachments": shares("attachment"),
+        "text_only": share([r for r in records if r["attachment"] == "none"]), "agreement": agreement(records),
+        "llm_asked": sum(r["llm"] is not None for r in records),
+        "missing": sum(r["answer"] is None for r in records), "categories": Counter(r["category"] for r in records),
         "mean": {k: fmean(r[k] for r in records)
                  for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
     if samples > 1:
+        by_task = defaultdict(list)
+        for r in records:
+            by_task[r["task_id"]].append(r)
         right = [sum(r["official"] for r in group) for group in by_task.values()]
         ks = sorted({1, samples, *(2 ** i for i in range(1, 10) if 2 ** i < samples)})
         result["pass_at_k"] = {k: fmean(pass_at_k(samples, c, k) for c in right) for k in ks}
@@ -273,42 +261,49 @@ def printed(result: dict, samples: int) -> str:
         *lines, f"agreement ({result['agreement']['unsure']} unsure): "
         + "; ".join(f"{k} {100 * v['agree']:.1f} % of {v['n']}" for k, v in pairs.items()),
         "what became of them: " + ", ".join(f"{k} {v}" for k, v in categories),
-        f"no answer: {result['missing']}; mean "
-        + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
+        f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
+
+
+def evaluation_in(path: Path) -> tuple[dict[str, list[bool]], dict]:
+    """(question -> the official score of each sample, settings) of an evaluation's folder or file."""
+    file = path / "trajectories.jsonl" if path.is_dir() else path
+    scores, stored = defaultdict(list), file.with_name("settings.json")
+    try:
+        for r in sorted(read_records(file), key=lambda r: r["sample"]):    # a retried one was written late
+            scores[r["task_id"]].append(r["official"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--compare: {file}: not a file of eval_gaia.py: {error!r}") from error
+    if not scores:
+        raise UserError(f"--compare: {file} holds no evaluation")
+    return scores, json.loads(stored.read_text()) if stored.is_file() else {}
 
 
 def compare(base: Path, trained: Path) -> dict:
-    """Two evaluations of the same questions, paired. UserError if they are not of the same questions."""
-    sides = []
-    for path in (base, trained):
-        file = path / "trajectories.jsonl" if path.is_dir() else path
-        if not (records := read_records(file)):
-            raise UserError(f"--compare: {file} holds no evaluation")
-        scores = defaultdict(list)
-        for r in records:
-            scores[r["task_id"]].append(r["official"])
-        sides.append(scores)
-    a, b = sides
+    """Two evaluations, paired. UserError if they are not of the same questions; settings beside the model that
+    differ are named, because they may explain a difference, too."""
+    (a, old), (b, new) = evaluation_in(base), evaluation_in(trained)
     if set(a) != set(b):
         raise UserError(f"--compare: the questions differ: {len(set(a) - set(b))} only in {base}, "
-                        f"{len(set(b) - set(a))} only in {trained}")
+                        f"{len(set(b) - set(a))} only in {trained}; the command of either does what it lacks")
     gained = sorted(t for t in a if b[t][0] and not a[t][0])
     lost = sorted(t for t in a if a[t][0] and not b[t][0])
     differences = [fmean(b[t]) - fmean(a[t]) for t in sorted(a)]
     return {"n": len(a), "base": fmean(map(fmean, a.values())), "trained": fmean(map(fmean, b.values())),
             "difference": fmean(differences), "bootstrap95": paired_bootstrap(differences),
-            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost))}    # first samples
+            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost)),    # of first samples
+            "settings_that_differ": [k for k in old.keys() & new if k not in ("model", "adapter") and old[k] != new[k]]}
 
 
 # ------------------------------------------------------------------------------------- settings, command line
-def choose_tasks(args, out: Path, difficulty: int) -> tuple[list[Task], str]:
-    """(the questions, where they come from)."""
+def choose_tasks(args, data: str | int) -> tuple[list[Task], str]:
+    """(the questions, where they come from). data: --gaia-dir, or the difficulty of the offline set."""
     if args.gaia_dir is None:
-        tasks = builtin_tasks("heldout", 264, 0, CORE + HARD, difficulty)
-        export_gaia(tasks, out / "offline_set")
-        tasks, source = read_gaia(out / "offline_set"), "offline"
+        export_gaia(builtin_tasks("heldout", 264, 0, CORE + HARD, data), args.out / "offline_set")
+        tasks, source = read_gaia(args.out / "offline_set"), "offline"
     else:
         tasks, source = read_gaia(hub_copy() if args.gaia_dir == "hub" else args.gaia_dir, args.split), "gaia"
+    if args.split == "test":    # never scored here, whatever somebody wrote into a copy of it
+        tasks = [replace(t, answer=HIDDEN) for t in tasks]
     if unknown := set(args.ids or []) - {t.id for t in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
     tasks = [t for t in tasks if t.level in (args.levels or [t.level]) and t.id in (args.ids or [t.id])
@@ -321,16 +316,15 @@ def choose_tasks(args, out: Path, difficulty: int) -> tuple[list[Task], str]:
 def hub_copy() -> str:
     """GAIA from the hub, which wants a token whose owner has accepted the dataset's conditions."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
     try:
         return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
-    except (HfHubHTTPError, OSError) as error:
+    except OSError as error:    # refused, not found, no network: the hub's errors are all of this kind
         raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {ACCESS} (given "
                         "at once), then `hf auth login` or HF_TOKEN=...") from error
 
 
 def inherited(ckpt: Path | None) -> dict:
-    """What train.py wrote beside the adapter; {} for an adapter that comes from elsewhere."""
+    """What train.py wrote beside the adapter; of an adapter that comes from elsewhere, its base model."""
     if ckpt is None:
         return {}
     if not ckpt.is_dir():
@@ -384,16 +378,9 @@ def parse_args(argv=None):
     p.add_argument("--export", action="store_true", help="write submission.jsonl for the leaderboard")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="two evaluations")
     args = p.parse_args(argv)
-    if args.samples < 1:
-        raise UserError("--samples: at least 1")
+    if min(args.samples, args.limit or 1) < 1:
+        raise UserError("--samples and --limit: at least 1")
     return args
-
-
-def choose_tools(spec: str | None, small: bool, web: Web) -> list[Tool]:
-    """The built-in tools (small: those of the built-in tasks, else the web's), then the user's own files of
-    `spec`."""
-    own = ",".join(part for part in (spec or "").split(",") if part != "web")
-    return (BUILTIN_TOOLS if small else load_tools("web", web)) + load_tools(own, web)
 
 
 def prepare(args) -> tuple[Evaluation, dict]:
@@ -407,15 +394,15 @@ def prepare(args) -> tuple[Evaluation, dict]:
     sampling = Sampling(**{**known, "temperature": temperature})
     web, log = open_web(args.cache), []
     small = args.gaia_dir is None or policy.preset.prompt == "short"    # the tiny model knows no others
-    tools = [replace(t, log=log) for t in choose_tools(args.tools or run.get("tools"), small, web)]
+    own = ",".join(part for part in (args.tools or run.get("tools") or "").split(",") if part != "web")
+    tools = [replace(t, log=log) for t in load_tools(own, web, BUILTIN_TOOLS if small else load_tools("web", web))]
     settings = {
-        "model": policy.name, "adapter": file_hash(args.ckpt), "seed": args.seed,
-        "sampling": asdict(sampling), "prompt": policy.preset.prompt,
-        "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
+        "model": policy.name, "adapter": file_hash(args.ckpt), "seed": args.seed, "sampling": asdict(sampling),
+        "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
         "data": args.gaia_dir or run.get("config", {}).get("difficulty", 0), "split": args.split,
         "judge": [args.judge, args.judge_model],
         "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
-    judge = Judge(args.judge, args.judge_model, policy, web.cache)
+    judge = Judge(args.judge if args.split == "validation" else "heuristic", args.judge_model, policy, web.cache)
     evaluation = Evaluation(policy, [], tools, log, web, judge, sampling, args.samples, args.seed, args.out)
     return evaluation, settings
 
@@ -427,38 +414,26 @@ def announce(run: Evaluation, source: str, sandbox: str) -> None:
         print("No --gaia-dir: this is the offline set, held-out built-in tasks in GAIA's format. NOT GAIA.\n"
               f"For GAIA: --gaia-dir hub, with access from {ACCESS}")
     else:
-        for t, why in preflight(run.web):
-            print(f"  {t.name:<12} {'live' if not why else 'left out: ' + why}")
-        turns = run.sampling.max_turns
-        print("  web calls: none, the web is replayed" if run.web.cache.mode == "replay" else
-              f"  web calls: about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)")
+        print(preflight_table(run.web))
+        turns, online = run.sampling.max_turns, run.web.cache.mode != "replay" and any(t.web for t in run.tools)
+        calls = f"about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)" if online else "none"
+        print(f"  web calls: {calls}")
     names = ", ".join(t.name for t in run.tools)
     print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, sandbox {sandbox}, "
           f"temperature {run.sampling.temperature}, cache {run.web.cache.mode}, tools {names}")
 
 
-def main(argv=None) -> int:
-    """Exit status: 0 done, 2 bad input, 130 interrupted (the same command goes on)."""
-    try:
-        args = parse_args(argv)
-        if args.compare:
-            print(json.dumps(compare(*args.compare), indent=1))
-            return 0
-        with Executor(args.sandbox) as executor:
-            run, settings = prepare(args)
-            settle_out(args.out, settings)
-            difficulty = inherited(args.ckpt).get("config", {}).get("difficulty", 0)
-            run.tasks, source = choose_tasks(args, args.out, difficulty)
-            announce(run, source, executor.sandbox)
-            records = evaluate(run, executor)
-        finish(args, run, records, source)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing is lost: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+def command(args) -> None:
+    if args.compare:
+        print(json.dumps(compare(*args.compare), indent=1))
+        return
+    with Executor(args.sandbox) as executor:
+        run, settings = prepare(args)
+        settle_out(args.out, settings)
+        run.tasks, source = choose_tasks(args, settings["data"])
+        announce(run, source, executor.sandbox)
+        records = evaluate(run, executor)
+    finish(args, run, records, source)
 
 
 def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
@@ -479,6 +454,10 @@ def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
         if (sizes := {k: v["n"] for k, v in result["levels"].items()}) != OFFICIAL:
             print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
     print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
+
+
+def main(argv=None) -> int:
+    return exit_status(lambda: command(parse_args(argv)), "what is on file stays: the same command goes on")
 
 
 if __name__ == "__main__":

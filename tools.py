@@ -1,10 +1,9 @@
 """Tools: plain typed functions that the policy's code may call, and the two exceptions everybody shares.
 
-Owns `@tool`, the checks of a definition and of every call, the built-in web and file tools, loading a user's
-own.
+Owns `@tool`, the checks of a definition and of every call, the built-in web and file tools, loading a user's own,
+and how every command line ends.
 
-Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools,
-`load_tools`.
+Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools, `load_tools`.
 
 A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes
 from the sandbox is checked against the type hints before the function sees it. The built-in ones return text
@@ -21,19 +20,21 @@ import mimetypes
 import os
 import re
 import runpy
+import sqlite3
 import stat
+import sys
 import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote, urljoin, urlsplit
 
-from web import AGENT, BENCHMARKS, Cache, Web, WebError, bearer, chat, holds_benchmark, to_text
+from web import AGENT, Cache, Web, WebError, bearer, benchmark_site, chat, holds_benchmark, to_text
 
 
 class UserError(Exception):
@@ -45,6 +46,19 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def exit_status(command: Callable[[], None], goes_on: str = "") -> int:
+    """Run a command line: 0 done, 2 bad input, 130 interrupted, both said in one line. goes_on: how it resumes."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{goes_on and '; ' + goes_on}", file=sys.stderr)
+        return 130
+    return 0
 
 
 class ToolError(Exception):
@@ -78,8 +92,7 @@ RESERVED = set(dir(builtins)) | set(keyword.kwlist) | {"final_answer"}
 
 
 def fits(value, hint) -> bool:
-    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for
-    neither."""
+    """Whether a value off the wire (JSON) is of the hinted type. An int passes for a float, a bool for neither."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -90,26 +103,19 @@ def fits(value, hint) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)
 
 
 def known(hint) -> bool:
-    """Whether `fits` can check the hint: plain JSON types, list[...], dict[...], unions and Literal of
-    them."""
+    """Whether `fits` can check the hint: plain JSON types, list[...], dict[...], unions and Literal of them."""
     if get_origin(hint) is Literal:
         return all(type(a) in PLAIN for a in get_args(hint))
     if get_origin(hint) in (list, dict, Union, types.UnionType):
         return all(known(a) for a in get_args(hint))
     return hint in PLAIN
-
-
-def written(hint) -> str:
-    plain = isinstance(hint, type) and not get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("typing.", "")
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,7 @@ class Tool:
     log: list[Call] | None = None        # where calls are noted, for reports
 
     def bind(self, context: ToolContext) -> Callable:
-        """A function for one trajectory: checks its arguments (ToolError if they do not fit), calls the
-        tool."""
+        """A function for one trajectory: checks its arguments (ToolError if they do not fit), calls the tool."""
         if self.web:
             context.web = self.web
 
@@ -146,8 +151,7 @@ class Tool:
             finally:
                 if self.log is not None:
                     spent = time.monotonic() - begin
-                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome,
-                                         here.hits, spent))
+                    self.log.append(Call(context.question, self.name, repr(arguments)[:500], outcome, here.hits, spent))
         call.__name__ = self.name
         return call
 
@@ -159,7 +163,8 @@ class Tool:
         for name, value in arguments.items():
             hint = self.signature.parameters[name].annotation
             if not fits(value, hint):
-                raise ToolError(f"{self.name}: {name} must be {written(hint)}, not {type(value).__name__}")
+                wanted = inspect.formatannotation(hint)
+                raise ToolError(f"{self.name}: {name} must be {wanted}, not {type(value).__name__}")
         return arguments
 
 
@@ -186,7 +191,7 @@ def tool(function: Callable) -> Tool:
         elif parameter.default is not parameter.empty and not fits(parameter.default, hint):
             raise UserError(f"tool {name}: the default of {parameter.name} is not of its type")
         else:
-            visible.append(parameter.replace(annotation=hint, kind=parameter.POSITIONAL_OR_KEYWORD))
+            visible.append(parameter.replace(annotation=hint))
     if "return" not in hints:
         raise UserError(f"tool {name}: it needs a return type")
     signature = inspect.Signature(visible, return_annotation=hints["return"])
@@ -195,11 +200,16 @@ def tool(function: Callable) -> Tool:
 
 # -------------------------------------------------------------------------------------------- pages and files
 PAGE = 8000                              # characters of a page of text, about 2,000 tokens
-SEARCHES = {                             # in the order of preference: key or address in the environment, API
-    "serper": ("SERPER_API_KEY", "https://google.serper.dev/search"),
-    "brave": ("BRAVE_API_KEY", "https://api.search.brave.com/res/v1/web/search"),
-    "tavily": ("TAVILY_API_KEY", "https://api.tavily.com/search"),
-    "searxng": ("SEARXNG_URL", ""),
+MAX_FILE = 50 * 2**20                    # bytes of a file that a tool reads
+# In the order of preference: key or address in the environment, API, where its answer has the hits, and their names
+# for title, link and text.
+SEARCHES = {
+    "serper": ("SERPER_API_KEY", "https://google.serper.dev/search", ["organic"], ("title", "link", "snippet")),
+    "brave": ("BRAVE_API_KEY", "https://api.search.brave.com/res/v1/web/search", ["web", "results"],
+              ("title", "url", "description")),
+    "tavily": ("TAVILY_API_KEY", "https://api.tavily.com/search", ["results"], ("title", "url", "content")),
+    "searxng": ("SEARXNG_URL", "", ["results"], ("title", "url", "content")),
+    "wikipedia": ("", "", ["query", "search"], ("title", "title", "snippet")),    # without a key: the last
 }
 
 
@@ -221,18 +231,25 @@ def document(context: ToolContext, body: bytes, suffix: str, sheet: str = "") ->
     key = (hashlib.sha256(body).digest(), suffix, sheet)
     if key not in texts:
         texts[key] = to_text(body, suffix, sheet, min(60.0, max(context.seconds_left(), 1.0)))
-    if holds_benchmark(texts[key], context.question):
-        context.web.counts["benchmark"] += 1
-        raise WebError("blocked", "this page holds the benchmark itself")
+    refuse_benchmark(context, texts[key])
     return texts[key]
 
 
+def refuse_benchmark(context: ToolContext, text: str):
+    if holds_benchmark(text, context.question):
+        context.web.counts["benchmark"] += 1
+        raise WebError("blocked", "this page holds the benchmark itself")
+
+
 def suffix_of(kind: str, url: str, body: bytes) -> str:
+    """What the file would be called, by its first bytes, its content type, its address."""
     kind, named = kind.split(";")[0].strip().lower(), PurePosixPath(urlsplit(url).path).suffix.lower()
     if body[:5] == b"%PDF-":
         return ".pdf"
     if "html" in kind or body[:256].lstrip()[:9].lower() == b"<!doctype":
         return ".html"
+    if office := re.search("(wordprocessing|presentation|spreadsheet)ml", kind):    # Python's list lacks them
+        return {"wordprocessing": ".docx", "presentation": ".pptx", "spreadsheet": ".xlsx"}[office[1]]
     vague = kind in ("", "application/octet-stream", "application/zip", "binary/octet-stream")
     return named if vague else mimetypes.guess_extension(kind) or named
 
@@ -245,22 +262,21 @@ def page_text(context: ToolContext, url: str) -> tuple[str, str]:
     return address, re.sub(relative, lambda m: f"]({urljoin(address, m[1])}", text)
 
 
-def file_bytes(context: ToolContext, path: str, limit: int = 50 * 2**20) -> bytes:
-    """A file below the working directory; where the sandbox hides that, an attachment or a download by
-    name."""
+def file_bytes(context: ToolContext, path: str) -> bytes:
+    """A file below the working directory; where the sandbox hides that, an attachment or a download by name."""
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise WebError("no_file", "give a path relative to the working directory")
     if context.workdir is not None:
-        return open_below(context.workdir, parts, limit)
+        return open_below(context.workdir, parts)
     known = {**context.files, **context.state.get("downloads", {})}
     if (found := known.get("/".join(parts))) is None:
         names = ", ".join(known) or "none"
         raise WebError("no_file", f"{path}: only attachments and downloads can be read: {names}")
-    return found if isinstance(found, bytes) else Path(found).read_bytes()[:limit]
+    return found if isinstance(found, bytes) else Path(found).read_bytes()[:MAX_FILE]
 
 
-def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
+def open_below(folder: Path, parts: tuple[str, ...]) -> bytes:
     """The content of a regular file, reached part by part without following links: the sandboxed code, which
     can write there, may put a link to a file of the host in the way at any moment."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -270,57 +286,48 @@ def open_below(folder: Path, parts: tuple[str, ...], limit: int) -> bytes:
             inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | kind, dir_fd=handle)
             os.close(handle)
             handle = inner
-        if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_size > limit:
-            raise WebError("no_file", f"{parts[-1]} is no regular file of at most {limit // 2**20} MiB")
+        if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_size > MAX_FILE:
+            raise WebError("no_file", f"{parts[-1]} is no regular file of at most {MAX_FILE // 2**20} MiB")
         with os.fdopen(os.dup(handle), "rb") as file:
-            return file.read(limit)
+            return file.read(MAX_FILE)
     except OSError as error:
         raise WebError("no_file", f"{'/'.join(parts)}: {error.strerror}") from error
     finally:
         os.close(handle)
 
 
-def search_backend(web: Web) -> str:
-    if web.cache.mode == "replay":
-        return web.cache.backend_of("web_search") or "wikipedia"
-    return next((name for name, (variable, _) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
-
-
-def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple:
-    """(address, request, where the hits are in the answer, their names for title, link and text)."""
-    variable, url = SEARCHES.get(backend, ("", ""))
+def search_request(backend: str, web: Web, query: str, k: int, year: int, site: str) -> tuple[str, dict]:
+    """(address, request) of a search."""
+    variable, url, *_ = SEARCHES[backend]
     key, full = os.environ.get(variable, ""), f"{query} site:{site}" if site else query
     if backend == "serper":
         span = {"tbs": f"cdr:1,cd_min:1/1/{year},cd_max:12/31/{year}"} if year else {}
-        return (url, {"json": {"q": full, "num": k, **span}, "headers": {"X-API-KEY": key}}, ["organic"],
-                ("title", "link", "snippet"))
+        return url, {"json": {"q": full, "num": k, **span}, "headers": {"X-API-KEY": key}}
     if backend == "brave":
         span = {"freshness": f"{year}-01-01to{year}-12-31"} if year else {}
-        return (url, {"params": {"q": full, "count": k, **span}, "headers": {"X-Subscription-Token": key}},
-                ["web", "results"], ("title", "url", "description"))
+        return url, {"params": {"q": full, "count": k, **span}, "headers": {"X-Subscription-Token": key}}
     if backend == "tavily":
         span = {"start_date": f"{year}-01-01", "end_date": f"{year}-12-31"} if year else {}
         sites = {"include_domains": [site]} if site else {}
-        return (url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)},
-                ["results"], ("title", "url", "content"))
+        return url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)}
     dated = f"{full} {year}" if year else full    # these two cannot be asked for a year: it becomes a word
     if backend == "searxng":
-        return (key.rstrip("/") + "/search", {"params": {"q": dated, "format": "json"}}, ["results"],
-                ("title", "url", "content"))
-    return (web.wikipedia.format("en") + "/w/api.php",
-            {"headers": {"User-Agent": AGENT}, "params": {
-                "action": "query", "list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k,
-                "format": "json"}}, ["query", "search"], ("title", "title", "snippet"))
+        return key.rstrip("/") + "/search", {"params": {"q": dated, "format": "json"}}
+    asked = {"list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k}
+    return web.wikipedia.format("en") + "/w/api.php", {
+        "headers": {"User-Agent": AGENT}, "params": {"action": "query", "format": "json", **asked}}
 
 
 # --------------------------------------------------------------------------------------------- the nine tools
 @tool
 def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site: str = "") -> str:
     """Search the web: the k best hits with title, address and text. year, site: restrict to them if given."""
-    web, backend = context.web, search_backend(context.web)
-    url, request, path, names = search_request(backend, web, query, min(k, 20), year, site)
+    live = next((name for name, (variable, *_) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
+    web, backend = context.web, context.web.cache.backend_of("web_search", live)
+    url, request = search_request(backend, web, query, min(k, 20), year, site)
 
     def pick(answer: dict) -> list:
+        _, _, path, names = SEARCHES[backend]
         for step in path:
             answer = answer.get(step) or {}
         return [[str(hit.get(name) or "") for name in names] for hit in answer]
@@ -330,7 +337,7 @@ def web_search(context: ToolContext, query: str, k: int = 5, year: int = 0, site
         if backend == "wikipedia":
             link = web.wikipedia.format("en") + "/wiki/" + quote(title.replace(" ", "_"))
             text = re.sub("<.*?>", "", text)
-        if BENCHMARKS.search(link) or holds_benchmark(text, context.question):
+        if benchmark_site(link) or holds_benchmark(text, context.question):
             web.counts["benchmark"] += 1
         else:
             lines.append(f"{len(lines) + 1}. {title}\n   {link}\n   {text[:500]}")
@@ -397,6 +404,7 @@ def archive(context: ToolContext, url: str, date: str, page: int = 1) -> str:
 def download(context: ToolContext, url: str) -> str:
     """Save a file of the web in the working directory; returns its name."""
     address, _, body = context.web.fetch(url, context.seconds_left())
+    refuse_benchmark(context, body.decode(errors="replace"))    # where code can open it, read_file's check is too late
     name = re.sub(r"[^\w.-]", "_", PurePosixPath(urlsplit(address).path).name).lstrip(".")[-80:] or "download"
     if context.workdir is None:
         context.state.setdefault("downloads", {})[name] = body
@@ -421,30 +429,28 @@ def read_file(context: ToolContext, path: str, page: int = 1, sheet: str = "") -
 @tool
 def ask_image(context: ToolContext, path: str, question: str) -> str:
     """Ask a question about an image file of the working directory."""
-    body, model = file_bytes(context, path), os.environ.get("VISION_MODEL", "")
+    body, (url, model, key) = file_bytes(context, path), endpoint("VISION")
     data = f"data:{mimetypes.guess_type(path)[0] or 'image/png'};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": data}}]
     arguments = {"image": hashlib.sha256(body).hexdigest(), "question": question}
-    key, messages = os.environ.get("VISION_API_KEY", ""), [{"role": "user", "content": content}]
-    return context.web.cache.answer("ask_image", arguments, backend_of(context, "ask_image", model),
-                                    lambda: chat(os.environ["VISION_URL"], model, messages, key))
+    cache = context.web.cache
+    return cache.answer("ask_image", arguments, cache.backend_of("ask_image", model),
+                        lambda: chat(url, model, [{"role": "user", "content": content}], key))
 
 
 @tool
 def transcribe(context: ToolContext, path: str) -> str:
     """The spoken words of an audio file of the working directory."""
-    body, model = file_bytes(context, path), os.environ.get("AUDIO_MODEL", "")
+    body, (url, model, key) = file_bytes(context, path), endpoint("AUDIO")
     return context.web.ask(
-        "transcribe", {"audio": hashlib.sha256(body).hexdigest()}, backend_of(context, "transcribe", model),
-        os.environ.get("AUDIO_URL", "").rstrip("/") + "/audio/transcriptions", lambda answer: answer["text"],
-        headers=bearer(os.environ.get("AUDIO_API_KEY", "")), data={"model": model},
-        files={"file": (PurePosixPath(path).name, body)})
+        "transcribe", {"audio": hashlib.sha256(body).hexdigest()}, context.web.cache.backend_of("transcribe", model),
+        url.rstrip("/") + "/audio/transcriptions", lambda answer: answer["text"], headers=bearer(key),
+        data={"model": model}, files={"file": (PurePosixPath(path).name, body)})
 
 
-def backend_of(context: ToolContext, name: str, model: str) -> str:
-    """The model that answers; in replay the recorded one, whatever the environment names."""
-    cache = context.web.cache
-    return cache.backend_of(name) or model if cache.mode == "replay" else model
+def endpoint(kind: str) -> list[str]:
+    """Address, model and key of an OpenAI-compatible server, as the environment names them."""
+    return [os.environ.get(f"{kind}_{part}", "") for part in ("URL", "MODEL", "API_KEY")]
 
 
 # -------------------------------------------------------------------------------------- which tools a run has
@@ -452,8 +458,7 @@ READERS = ["markitdown", "pypdf", "openpyxl"]
 NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variables of the environment
     (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []),
     (archive, READERS, []), (download, [], []), (read_file, READERS, []),
-    (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
-    (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
+    (ask_image, [], ["VISION_URL", "VISION_MODEL"]), (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
 
 
 def open_web(spec: str) -> Web:
@@ -463,20 +468,28 @@ def open_web(spec: str) -> Web:
         raise UserError(f"--cache {spec}: it is live, record[:FILE] or replay[:FILE]")
     if mode == "replay" and not Path(file or "web.sqlite").is_file():
         raise UserError(f"--cache {spec}: there is no such record")
-    return Web(Cache(file or "web.sqlite", mode))
+    try:
+        return Web(Cache(file or "web.sqlite", mode))
+    except sqlite3.Error as error:
+        raise UserError(f"--cache {spec}: the file cannot be used: {error}") from error
 
 
 def preflight(web: Web) -> list[tuple[Tool, str]]:
     """The built-in tools, each with "" if it is live, else why it is left out of the prompt."""
     rows = []
     for made, packages, variables in NEEDS:
-        missing = [f"package {p}: pip install -r requirements-gaia.txt" for p in packages if not find_spec(p)]
-        if web.cache.mode != "replay":
-            missing += [f"{v} is not set" for v in variables if not os.environ.get(v)]
-        elif variables and not web.cache.backend_of(made.name):
-            missing.append("nothing of it was recorded")
-        rows.append((replace(made, web=web), "; ".join(missing)))
+        if absent := ", ".join(p for p in packages if not find_spec(p)):
+            why = f"no {absent}: pip install -r requirements-gaia.txt"
+        elif web.cache.mode != "replay":
+            why = "; ".join(f"{v} is not set" for v in variables if not os.environ.get(v))
+        else:
+            why = "nothing of it was recorded" if variables and not web.cache.backend_of(made.name) else ""
+        rows.append((replace(made, web=web), why))
     return rows
+
+
+def preflight_table(web: Web) -> str:
+    return "\n".join(f"  {t.name:<12} {'left out: ' + why if why else 'live'}" for t, why in preflight(web))
 
 
 def prompt_text(tools: list[Tool]) -> str:
@@ -484,17 +497,17 @@ def prompt_text(tools: list[Tool]) -> str:
     return "\n".join(t.prompt for t in tools)
 
 
-def load_tools(spec: str | None, web: Web | None = None) -> list[Tool]:
+def load_tools(spec: str | None, web: Web | None = None, beside: Iterable[Tool] = ()) -> list[Tool]:
     """Tools by name: "web" is the live built-in ones, FILE.py those that a file defines; commas between.
 
-    [] without a spec. UserError for a file that cannot be used and for two tools of one name.
+    `beside`, which a run has anyway, come first. UserError for an unusable file and for two tools of one name.
     """
-    found: list[Tool] = []
+    found = list(beside)
     for part in filter(None, (spec or "").split(",")):
         found += [t for t, why in preflight(web or Web()) if not why] if part == "web" else tools_of(part)
     names = [t.name for t in found]
     if twice := {n for n in names if names.count(n) > 1}:
-        raise UserError(f"--tools {spec}: two tools are called {min(twice)}")
+        raise UserError(f"--tools: two tools are called {min(twice)}; rename yours")
     return found
 
 

@@ -1,9 +1,7 @@
-"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on
-this.
+"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on this.
 
-Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how
-much), `holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text`
-(documents).
+Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how much),
+`holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text` (documents).
 
 Read in this order: `WebError`, `Cache.answer`, `Web.get` with `guarded`, `to_text`.
 
@@ -31,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -42,8 +40,7 @@ AGENT = "Mozilla/5.0 (compatible; tool-r1 research agent)"
 
 
 class WebError(Exception):
-    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow,
-    too."""
+    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow, too."""
 
     def __init__(self, kind: str, text: str, keep: bool = False):
         super().__init__(f"ERROR[{kind}]: {text}")
@@ -63,13 +60,11 @@ class Cache:
         self.lock, self.flights = threading.Lock(), {}
         self.here = threading.local()    # .hits: those of this thread's tool call, which tools.py reads
         self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
-        self.db.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
+        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
         self.db.commit()
 
     def answer(self, tool: str, arguments: dict, backend: str, make: Callable):
-        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept
-        too."""
+        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept too."""
         request = json.dumps([tool, arguments, backend, VERSION], sort_keys=True)
         key = hashlib.sha256(request.encode()).hexdigest()
         with self.lock:
@@ -83,10 +78,11 @@ class Cache:
             self.counts["made" if mine else "hits"] += 1
             self.here.hits = getattr(self.here, "hits", 0) + (not mine)
         if row is not None:
-            return self.unpack(row[0])
-        if not mine:
-            return flight.result()
-        return self._make(key, request, make, flight)
+            kept = json.loads(zlib.decompress(row[0]))
+            if "error" in kept:
+                raise WebError(*kept["error"], keep=True)
+            return kept["value"]
+        return self._make(key, request, make, flight) if mine else flight.result()
 
     def _make(self, key: str, request: str, make: Callable, flight: Future):
         try:
@@ -109,19 +105,14 @@ class Cache:
                             (key, request, zlib.compress(json.dumps(row).encode())))
             self.db.commit()
 
-    @staticmethod
-    def unpack(blob: bytes):
-        row = json.loads(zlib.decompress(blob))
-        if "error" in row:
-            raise WebError(*row["error"], keep=True)
-        return row["value"]
-
-    def backend_of(self, tool: str) -> str | None:
-        """Whose answers to a tool are kept: a record is replayed without the keys it was made with."""
+    def backend_of(self, tool: str, live: str = "") -> str:
+        """Who answers a tool: `live`, but in replay whoever was recorded, so that it needs no key."""
+        if self.mode != "replay":
+            return live
         with self.lock:
             row = self.db.execute("SELECT request FROM answers WHERE request LIKE ? LIMIT 1",
                                   (f'["{tool}",%',)).fetchone()
-        return json.loads(row[0])[2] if row else None
+        return json.loads(row[0])[2] if row else live
 
     def digest(self) -> str:
         """A hash of everything kept: the same digest, the same recorded web."""
@@ -134,24 +125,28 @@ class Cache:
 
 # ---------------------------------------------------------------------------------------- what may be reached
 NEVER = [ipaddress.ip_network(n) for n in (    # metadata of two clouds; IPv6 in which an IPv4 can hide
-    "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "64:ff9b::/32", "2001::/32")]
+    "168.63.129.16/32", "192.0.0.0/24", "2002::/16", "2001::/32")]
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")    # all that is given out: the rest is reserved, local, translated
 BENCHMARKS = re.compile(
-    r"gaia[-_]?benchmark|(?:huggingface\.co|hf-mirror\.com)/datasets|/gaia[^/]*validation", re.IGNORECASE)
+    r"gaia[-_]?benchmark|(?:huggingface\.co|hf-mirror\.com)[.:\d]*/+(?:api/)?datasets|/gaia[^/]*validation", re.I)
 
 
 def check_address(address: str, allow_loopback: bool = False):
     """WebError unless the address is a public one (or this machine's own, where that is opened for tests)."""
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    never = ip.is_multicast or any(ip in n for n in NEVER if n.version == ip.version)
+    never = ip.is_multicast or any(ip in n for n in NEVER) or ip.version == 6 and ip not in PUBLIC_IPV6
     if not (ip.is_global and not never or allow_loopback and ip.is_loopback):
         raise WebError("blocked", "this address is private or reserved; only public sites can be reached")
 
 
+def benchmark_site(url: str) -> bool:
+    return bool(BENCHMARKS.search(unquote(url)))
+
+
 def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> type:
     """A connection class that checks every address of a name, then the one it has reached, before a byte is
-    sent: a second DNS answer that differs from the first is no way in. It is cut at `deadline`
-    (time.monotonic)."""
+    sent: a second DNS answer that differs from the first is no way in. It is cut at `deadline` (time.monotonic)."""
     class Guarded(base):
         def _new_conn(self):
             try:
@@ -201,14 +196,14 @@ class PublicOnly(HTTPAdapter):
         super().close()
 
 
-def body_of(response, deadline: float, limit: int = MAX_BYTES) -> bytes:
-    """The body as it streams in, at most `limit` bytes and not after the deadline."""
+def body_of(response, deadline: float) -> bytes:
+    """The body as it streams in, at most MAX_BYTES and not after the deadline."""
     chunks, size = [], 0
     for chunk in response.iter_content(65536):
         chunks.append(chunk)
         size += len(chunk)
-        if size > limit:
-            raise WebError("too_large", f"more than {limit // 2**20} MiB", keep=True)
+        if size > MAX_BYTES:
+            raise WebError("too_large", f"more than {MAX_BYTES // 2**20} MiB", keep=True)
         if time.monotonic() >= deadline:
             break
     if time.monotonic() >= deadline:    # also where the cut connection looks like the end of the page
@@ -227,14 +222,13 @@ class Web:
     counts: Counter = field(default_factory=Counter)
 
     def fetch(self, url: str, seconds: float = math.inf) -> tuple[str, str, bytes]:
-        """(final address, content type, body) of a public page, recorded or fetched; WebError if it is not to
-        be had."""
+        """(final address, content type, body) of a public page, recorded or fetched; else WebError."""
         self.not_the_benchmark(url)
         url, kind, body = self.cache.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
         return url, kind, base64.b64decode(body)
 
     def not_the_benchmark(self, url: str):
-        if BENCHMARKS.search(url):
+        if benchmark_site(url):
             self.counts["benchmark"] += 1
             raise WebError("blocked", "this site holds the benchmark itself", keep=True)
 
@@ -252,9 +246,8 @@ class Web:
                 session.trust_env = False
                 session.mount(f"{parts.scheme}://", PublicOnly(self.allow_loopback, deadline))
                 try:
-                    response = session.get(
-                        url, stream=True, allow_redirects=False, headers={"User-Agent": AGENT},
-                        timeout=max(deadline - time.monotonic(), 0.1))
+                    response = session.get(url, stream=True, allow_redirects=False, headers={"User-Agent": AGENT},
+                                           timeout=max(deadline - time.monotonic(), 0.1))
                     if not response.is_redirect:
                         return self.answered(url, response, deadline)
                 except (requests.RequestException, ValueError) as error:
@@ -273,36 +266,35 @@ class Web:
         return [url, kind, base64.b64encode(body_of(response, deadline)).decode()]
 
     def ask(self, tool: str, arguments: dict, backend: str, url: str, pick: Callable, **request):
-        """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in
-        `request` only."""
+        """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in `request` only."""
         return self.cache.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
 
 
-def call(url: str, seconds: float, tries: int = 3, **request):
+def call(url: str, seconds: float, **request):
     """One POST (with `json`, `data` or `files`) or GET to a trusted API -> its JSON. Retries with backoff."""
     deadline, method = time.monotonic() + seconds, "GET" if set(request) <= {"params", "headers"} else "POST"
-    for attempt in range(tries):
+    for pause in (0.5, 1.0, 2.0, math.inf):
         try:
             response = requests.request(method, url, timeout=max(deadline - time.monotonic(), 0.1), **request)
-            if response.status_code == 200:
-                return response.json()
-            status = response.status_code
-            kind, passing = f"http_{status}", status == 429 or status >= 500
+            status, kind = response.status_code, f"http_{response.status_code}"
+            passing = status in (200, 429) or status >= 500
+            if status == 200:
+                answer, kind = response.json(), "bad_answer"
+                if not (isinstance(answer, dict) and answer.get("error")):    # MediaWiki, when busy, says so here
+                    return answer
         except requests.exceptions.JSONDecodeError:
             kind, passing = "bad_answer", False
         except requests.RequestException as error:
             kind, passing = "timeout" if isinstance(error, requests.Timeout) else "network", True
-        pause = 2.0 ** attempt * 0.5
-        if not passing or attempt + 1 == tries or time.monotonic() + pause > deadline:
+        if not passing or time.monotonic() + pause > deadline:
             break
         time.sleep(pause)
     raise WebError(kind, f"{urlsplit(url).hostname} did not answer as it should")
 
 
-def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0,
-         tokens: int = 512) -> str:
+def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0, tokens: int = 512) -> str:
     """The reply of an OpenAI-compatible server; `url` is what its documentation calls the base URL."""
-    answer = call(f"{url.rstrip('/')}/chat/completions", seconds, tries=4, headers=bearer(key),
+    answer = call(f"{url.rstrip('/')}/chat/completions", seconds, headers=bearer(key),
                   json={"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
     try:
         return str(answer["choices"][0]["message"]["content"] or "")
@@ -337,7 +329,7 @@ def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) ->
         return decode(body)
     try:
         done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet], input=body, env={},
-                              capture_output=True, timeout=seconds, preexec_fn=limit_memory)
+                              capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise WebError("timeout", f"the {suffix} file takes too long to read") from None
     if done.returncode:
@@ -346,19 +338,14 @@ def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) ->
     return done.stdout.decode()
 
 
-def limit_memory():
-    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
-
-
 def decode(body: bytes) -> str:
-    if b"\0" in body[:4096] and body[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+    utf_16 = body[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if b"\0" in body[:4096] and not utf_16:
         raise WebError("unreadable", "this is a binary file of a kind that cannot be read as text", keep=True)
-    for encoding in ("utf-8-sig", "utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"):
-        try:
-            return body.decode(encoding)
-        except UnicodeDecodeError:
-            pass
-    return body.decode("latin-1")
+    try:
+        return body.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        return body.decode("latin-1")
 
 
 def read_pdf(body: bytes, _: str) -> str:
@@ -377,8 +364,7 @@ def read_markdown(suffix: str) -> Callable:
 
 
 def read_xlsx(body: bytes, sheet: str) -> str:
-    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is
-    kept."""
+    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is kept."""
     from openpyxl import load_workbook
     values, formulas = (load_workbook(io.BytesIO(body), data_only=flag) for flag in (True, False))
     if sheet and sheet not in values.sheetnames:
@@ -413,6 +399,7 @@ PARSERS[".htm"] = PARSERS[".html"]
 
 
 if __name__ == "__main__":    # the process of `to_text`: python web.py SUFFIX SHEET < document
+    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
     document = sys.stdin.buffer.read()
     try:
         if document[:2] == b"PK" and sum(i.file_size for i in members(document)) > 2**29:

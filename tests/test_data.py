@@ -14,20 +14,24 @@ from tools import UserError
 ROOT = Path(__file__).parent.parent
 
 
-def record(question="How many red cars are in the picture?", answer="final_answer(3)", seen="There are 3 red cars", **more):
+def record(question="How many red cars are in the picture?", answer="final_answer(3)", seen="There are 3 red cars",
+           **more):
     return {"id": "m1", "conversations": [
         {"role": "system", "content": "You are an agent."}, {"role": "user", "content": f"<image>\nTask:\n{question}"},
-        {"role": "assistant", "content": "Thought: look.\nCode:\n```py\nask()\n```"}, {"role": "user", "content": f"[OUTPUT]: {seen}"},
+        {"role": "assistant", "content": "Thought: look.\nCode:\n```py\nask()\n```"},
+        {"role": "user", "content": f"[OUTPUT]: {seen}"},
         {"role": "assistant", "content": f"Code:\n```py\n{answer}\n```"}], **more}
 
 
 def test_a_pair_out_of_a_conversation(tmp_path):
     (tmp_path / "car.jpg").write_bytes(b"x")
     task = pair_of(record(image="data/images/car.jpg"), tmp_path)
-    assert task == Task("m1", "How many red cars are in the picture?", "3", {"car.jpg": tmp_path / "car.jpg"}, "1", "mat")
-    old = {"id": 5, "conversations": [{"from": "human", "value": "Which town is the capital of Peru?\nAttachment: car.jpg"},
-                                      {"from": "gpt", "value": "final_answer('Lima')"}, {"from": "observation", "value": "LIMA"},
-                                      {"from": "gpt", "value": "final_answer(answer=['Lima', 'Peru'])"}]}
+    assert task == Task("m1", "How many red cars are in the picture?", "3", {"car.jpg": tmp_path / "car.jpg"}, "1",
+                        "mat")
+    old = {"id": 5, "conversations": [
+        {"from": "human", "value": "Which town is the capital of Peru?\nAttachment: car.jpg"},
+        {"from": "gpt", "value": "final_answer('Lima')"}, {"from": "observation", "value": "LIMA"},
+        {"from": "gpt", "value": "final_answer(answer=['Lima', 'Peru'])"}]}
     old["conversations"][2]["value"] = "Lima, Peru"
     assert pair_of(old, tmp_path) == Task("5", "Which town is the capital of Peru?", "Lima, Peru",
                                           {"car.jpg": tmp_path / "car.jpg"}, "1", "mat")
@@ -35,15 +39,19 @@ def test_a_pair_out_of_a_conversation(tmp_path):
 
 BAD = [
     (record(question="Why?"), "no question"), (record(answer="print(3)"), "no answer"),
-    (record(answer="final_answer(f'{x}')"), "answer is not a constant"), (record(answer=f"final_answer('{'long ' * 20}')"), "answer not short"),
+    (record(answer="final_answer(f'{x}')"), "answer is not a constant"),
+    (record(answer=f"final_answer('{'long ' * 20}')"), "answer not short"),
     (record(question="What is the current population of Lima in Peru?"), "time-volatile"),
     (record(question="Who is the latest winner of that big prize?"), "time-volatile"),
-    (record(seen="There are many"), "answer not verified"), (record(image={"<image_0>": "none.jpg"}), "file missing"), ("text", "no record")]
+    (record(seen="There are many"), "answer not verified"),
+    (record(seen="13 cars, 3.5 of them, 32 wheels"), "answer not verified"),
+    (record(image={"<image_0>": "none.jpg"}), "file missing"), ("text", "no record")]
 
 
 def test_every_drop_is_counted_by_reason(tmp_path):
     file = tmp_path / "mat.json"
-    file.write_text(json.dumps([r for r, _ in BAD] + [record(), record(question="How many RED cars are in the picture")]))
+    again = record(question="How many RED cars are in the picture")
+    file.write_text(json.dumps([r for r, _ in BAD] + [record(), again]))
     tasks, dropped = read_mat(file, tmp_path)
     assert [t.answer for t in tasks] == ["3"] and dropped["duplicate"] == 1
     wanted = {}
@@ -52,21 +60,44 @@ def test_every_drop_is_counted_by_reason(tmp_path):
     assert dropped == wanted | {"duplicate": 1}
 
 
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "a.json").write_text("[1,\n2")
+    (tmp_path / "b.jsonl").write_text("{}\n{")
+    (tmp_path / "c.json").write_bytes(b"[\xff]")
+    for name, complaint in [("a.json", "a.json:2: "), ("b.jsonl", "b.jsonl:2: "), ("c.json", "c.json: ")]:
+        with pytest.raises(UserError, match=complaint):
+            read_mat(tmp_path / name, tmp_path)
+        assert data.main([str(tmp_path / name), "--out", str(tmp_path / "out.jsonl")]) == 2
+
+
+def test_a_training_file_is_checked_whole(tmp_path, capsys):
+    """--n is for MAT: whoever has his own data checked wants all of it back."""
+    (tmp_path / "own.jsonl").write_text("".join(
+        json.dumps({"id": i, "question": f"What is {i} plus {i}?", "answer": 2 * i}) + "\n" for i in range(1400)))
+    assert data.main([str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "all.jsonl")]) == 0
+    assert data.main([str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "ten.jsonl"), "--n", "10"]) == 0
+    assert [len(read_jsonl(tmp_path / name)) for name in ("all.jsonl", "ten.jsonl")] == [1400, 10]
+    assert "not checked against GAIA" in capsys.readouterr().out
+
+
 def test_equal_ids_are_told_apart(tmp_path):
     file = tmp_path / "mat.jsonl"
-    file.write_text("".join(json.dumps(record(question=f"How many {c} cars are there?")) + "\n" for c in ("red", "blue")))
+    records = [record(question=f"How many {colour} cars are there?") for colour in ("red", "blue")]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
     assert [t.id for t in read_mat(file, tmp_path)[0]] == ["m1", "m1-1"]
 
 
-EXAM = [Task("g1", "If Ada Brunner could row her record-making lake crossing pace without resting, how many days?", "17"),
+EXAM = [Task("g1", "If Ada Brunner could row her record-making lake crossing pace without resting, how many days?",
+             "17"),
         Task("g2", "In the film that Greta Lind made in Oslo in 1987, who plays Hedda?", "Ruth Aasen")]
 
 
 @pytest.mark.parametrize("question, answer, reason", [
-    ("Suppose that Brunner could row her record-making lake crossing pace without resting, how far?", "9", "8-gram of g1"),
+    ("Suppose that Brunner could row her record-making lake crossing pace without resting, how far?", "9",
+     "8-gram of g1"),
     ("Who plays Hedda in what Greta Lind made in Oslo in 1987?", "x", "entities of g2"),
     ("Who was the wife of the painter who lived in Oslo?", "Ruth Aasen", "answer and an entity of g2"),
-    ("Who was the wife of the painter?", "Ruth Aasen", None), ("How many hours are in 17 days in Oslo?", "17", None)])
+    ("Who was the wife of the painter?", "Ruth Aasen", None), ("How old was Ada Brunner then?", "17", None)])
 def test_overlap_by_hand(question, answer, reason):
     assert overlap([Task("t", question, answer)], EXAM) == ({"t": [reason]} if reason else {})
 
@@ -88,7 +119,8 @@ def gaia_folder(folder, rows, kind="jsonl", level=str):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("level", [str, int])
 def test_gaia_layout(tmp_path, kind, level):
-    place = gaia_folder(tmp_path, [Task("a", "Q?", "17", {"a.txt": b""}, "2"), Task("b", "R?", "x, y", {}, "3")], kind, level)
+    place = gaia_folder(tmp_path, [Task("a", "Q?", "17", {"a.txt": b""}, "2"), Task("b", "R?", "x, y", {}, "3")],
+                        kind, level)
     (place / "a.txt").write_text("t")
     tasks = read_gaia(tmp_path)
     assert [(t.id, t.question, t.answer, t.level, t.family) for t in tasks] == [
@@ -118,8 +150,10 @@ def test_the_one_command(tmp_path):
     gaia_folder(tmp_path / "gaia", EXAM)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "car.jpg").write_bytes(b"x")
-    records = [record(question=f"How many of the {w} cars are in the picture?", image="car.jpg", id=w) for w in "abcdefghij"]
-    records += [r for r, _ in BAD] + [record(question="Who plays Hedda in what Greta Lind made in Oslo in 1987?", id="leak")]
+    records = [record(question=f"How many of the {w} cars are in the picture?", image="car.jpg", id=w)
+               for w in "abcdefghij"]
+    records += [r for r, _ in BAD]
+    records += [record(question="Who plays Hedda in what Greta Lind made in Oslo in 1987?", id="leak")]
     (tmp_path / "mat.json").write_text(json.dumps(records))
 
     def run(out, *flags):
@@ -127,15 +161,18 @@ def test_the_one_command(tmp_path):
                               cwd=tmp_path, capture_output=True, text=True)
     done = run("train.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap")
     assert done.returncode == 0, done.stderr
-    assert "20 records read, 6 kept" in done.stdout and "1 share something with GAIA, removed" in done.stdout
+    assert "21 records read, 6 kept" in done.stdout and "1 share something with GAIA, removed" in done.stdout
     tasks, report = read_jsonl(tmp_path / "train.jsonl"), json.loads((tmp_path / "train.jsonl.report.json").read_text())
-    assert [t.id for t in tasks] == report["ids"] and report["flagged"] == {"leak": ["entities of g2"]} and report["seed"] == 0
+    assert [t.id for t in tasks] == report["ids"] and report["seed"] == 0
+    assert report["flagged"] == {"leak": ["entities of g2"]}
     assert tasks[0].files == {"car.jpg": (tmp_path / "files" / "car.jpg").resolve()}
-    assert report["dropped"]["time-volatile"] == 2 and report["dropped"]["beyond --n"] == 4 and report["read"] == 20
+    assert report["dropped"]["time-volatile"] == 2 and report["dropped"]["beyond --n"] == 4 and report["read"] == 21
     assert run("again.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap").returncode == 0
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "train.jsonl").read_text()
     again = run("train.jsonl")
-    assert again.returncode == 2 and again.stderr == "error: --out train.jsonl exists already, and nothing is overwritten\n"
+    assert again.returncode == 2
+    assert again.stderr == "error: --out train.jsonl exists already, and nothing is overwritten\n"
     assert run("x.jsonl", "--remove-overlap").returncode == 2 and not (tmp_path / "x.jsonl").exists()
-    assert data.main([str(tmp_path / "train.jsonl"), "--gaia-dir", str(tmp_path / "gaia"), "--out", str(tmp_path / "clean.jsonl")]) == 0
+    clean = str(tmp_path / "clean.jsonl")
+    assert data.main([str(tmp_path / "train.jsonl"), "--gaia-dir", str(tmp_path / "gaia"), "--out", clean]) == 0
     assert read_jsonl(tmp_path / "clean.jsonl") == tasks

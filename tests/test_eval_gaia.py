@@ -8,15 +8,16 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import eval_gaia
-from eval_gaia import (category_of, chunks, compare, main, mcnemar, paired_bootstrap, pass_at_k, read_records, summary, vote,
-                       wilson)
-from rollout import Step, Trajectory
+from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar,
+                       paired_bootstrap, parse_args, pass_at_k, read_records, summary, vote, wilson)
+from rollout import Sampling, Step, Trajectory
 from tasks import Task, builtin_tasks, export_gaia, read_gaia
-from tools import Call, UserError
+from tools import Call, UserError, load_tools, open_web
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,9 +61,10 @@ def test_bootstrap_agrees_with_the_normal_interval():
 
 # ------------------------------------------------------------------------------------------------ records by hand
 def rec(task, sample=0, official=False, answer="x", level="1", attachment="none", **more):
-    return {"task_id": task, "sample": sample, "official": official, "answer": answer, "level": level, "attachment": attachment,
-            "heuristic": "right" if official else "wrong", "llm": None, "category": "right" if official else "wrong", "steps": 2,
-            "tokens": 10, "seconds": 1.0, "tool_calls": 1, "cache_hits": 0, **more}
+    return {"task_id": task, "sample": sample, "official": official, "answer": answer, "level": level,
+            "attachment": attachment, "heuristic": "right" if official else "wrong", "llm": None,
+            "category": "right" if official else "wrong", "steps": 2, "tokens": 10, "seconds": 1.0,
+            "tool_calls": 1, "cache_hits": 0, **more}
 
 
 def test_summary_by_hand():
@@ -79,12 +81,14 @@ def test_summary_by_hand():
 
 
 def test_samples_are_means_over_questions_and_never_mixed_up():
-    records = [rec("a", 0, True, "Paris"), rec("a", 1, True, "paris"), rec("a", 2, False, "Rome"), rec("a", 3, False, None),
-               rec("b", 0, False, "1"), rec("b", 1, False, "1"), rec("b", 2, True, "2"), rec("b", 3, False, "3")]
+    records = [rec("a", 0, True, "Paris"), rec("a", 1, True, "paris"), rec("a", 2, False, "Rome"),
+               rec("a", 3, False, None), rec("b", 0, False, "1"), rec("b", 1, False, "1"), rec("b", 2, True, "2"),
+               rec("b", 3, False, "3")]
     s = summary(records, 4)
     assert s["accuracy"] == pytest.approx((0.5 + 0.25) / 2) and s["n"] == 2                    # mean pass@1
     assert s["pass_at_k"] == {1: pytest.approx(0.375), 2: pytest.approx(((1 - 1 / 6) + 0.5) / 2), 4: 1.0}
-    assert s["maj_at_k"] == {4: 0.5} and vote(records[:4]) and not vote(records[4:]) and not vote([rec("c", answer=None)])
+    assert s["maj_at_k"] == {4: 0.5} and vote(records[:4]) and not vote(records[4:])
+    assert not vote([rec("c", answer=None)])
 
 
 def trajectory(stop="answer", answer=None, steps=((None, "", ""),)):
@@ -97,16 +101,21 @@ def calls(*outcomes, same=False):
 
 
 OK, BAD, SYNTAX = ("x", "1", "ok"), ("x", "KeyError: 'a'", "error"), ("x", "SyntaxError: invalid", "error")
+ABSENT = ("x", "NameError: name 'ask_image' is not defined", "error")
 WAYS = {
-    "right": (trajectory(answer="17", steps=[OK]), [], True, True), "wrong": (trajectory(answer="18", steps=[OK]), [], False, False),
-    "format_only": (trajectory(answer="17 km", steps=[OK]), [], False, True), "infrastructure": (trajectory("error"), [], False, False),
-    "no_code": (trajectory("turn_limit"), [], False, False), "syntax": (trajectory("turn_limit", steps=[OK, SYNTAX]), [], False, False),
+    "right": (trajectory(answer="17", steps=[OK]), [], True, True),
+    "wrong": (trajectory(answer="18", steps=[OK]), [], False, False),
+    "format_only": (trajectory(answer="17 km", steps=[OK]), [], False, True),
+    "infrastructure": (trajectory("error"), [], False, False),
+    "no_code": (trajectory("turn_limit"), [], False, False),
+    "syntax": (trajectory("turn_limit", steps=[OK, SYNTAX]), [], False, False),
     "runtime": (trajectory("turn_limit", steps=[OK, BAD]), [], False, False),
-    "tool_unavailable": (trajectory("turn_limit", steps=[("x", "NameError: name 'ask_image' is not defined", "error")]), [], False, False),
+    "tool_unavailable": (trajectory("turn_limit", steps=[ABSENT]), [], False, False),
     "blocked": (trajectory("turn_limit", steps=[OK]), calls("ok", "blocked"), False, False),
     "cache_miss": (trajectory("turn_limit", steps=[OK]), calls("cache_miss"), False, False),
     "repeated_call": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok", same=True), False, False),
     "step_limit": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok"), False, False),
+    "no_answer": (trajectory("", steps=[OK]), [], False, False),
     "context_limit": (trajectory("context_limit", steps=[OK]), [], False, False),
     "timeout": (trajectory("turn_limit", steps=[("x", "", "timeout")]), [], False, False)}
 
@@ -131,15 +140,37 @@ def test_compare_by_hand(tmp_path):
     c = compare(tmp_path / "base", tmp_path / "trained" / "trajectories.jsonl")
     assert (c["n"], c["gained"], c["lost"], c["mcnemar_p"]) == (6, ["c", "d"], ["a"], 1.0)
     assert c["difference"] == pytest.approx(1 / 6) and c["bootstrap95"][0] < 1 / 6 < c["bootstrap95"][1]
+    for name, settings in (("base", {"model": "m", "adapter": "", "seed": 0}),
+                           ("trained", {"model": "m", "adapter": "x", "seed": 1})):
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+    assert compare(tmp_path / "base", tmp_path / "trained")["settings_that_differ"] == ["seed"]
+    retried = [rec("a", 1, official=True), rec("a", 0), rec("b", 0), rec("b", 1)]      # sample 0 was written late
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in retried))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(rec(t)) + "\n" for t in "ab"))
+    assert compare(tmp_path / "d.jsonl", tmp_path / "c.jsonl")["gained"] == []
     (tmp_path / "trained" / "trajectories.jsonl").write_text(json.dumps(rec("z")) + "\n")
     with pytest.raises(UserError, match="6 only in .*base, 1 only in"):
         compare(tmp_path / "base", tmp_path / "trained")
+
+
+def test_the_preflight_counts_web_calls(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tasks = [Task(name, "q", "1") for name in "abc"]
+    for spec, wanted in [("record", "about 36 if every turn makes one (6 trajectories of 6 turns)"),
+                         ("replay", "none")]:
+        web = open_web(spec)
+        announce(Evaluation(SimpleNamespace(name="m"), tasks, load_tools("web", web), [], web, None,
+                            Sampling(max_turns=6), 2, 0, tmp_path), "gaia", "none")
+        out = capsys.readouterr().out
+        assert f"  web calls: {wanted}\n" in out
+        assert "  web_search   live\n" in out and "  ask_image    left out: " in out
 
 
 def test_a_line_cut_by_a_kill_is_no_record(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": 2, "tr')
     assert read_records(file) == [{"a": 1}] and read_records(tmp_path / "none") == []
+    assert read_records(file, cut=True) == [{"a": 1}] and file.read_text() == json.dumps({"a": 1}) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -160,8 +191,10 @@ def gaia(folder, n=12):
 def test_killed_in_the_middle_and_resumed(here):
     """kill -9 once something is on file: the same command does the rest, and nothing twice."""
     tasks = gaia(here / "GAIA", 90)
-    command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev", "--export"]
-    file, run = here / "ev" / "trajectories.jsonl", subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev",
+               "--export"]
+    file = here / "ev" / "trajectories.jsonl"
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.time() + 200
     while not (file.exists() and file.stat().st_size) and run.poll() is None and time.time() < deadline:
         time.sleep(0.02)
@@ -177,7 +210,8 @@ def test_killed_in_the_middle_and_resumed(here):
     assert after[:len(before)] == before and Counter(r["task_id"] for r in after) == {t.id: 1 for t in tasks}
     assert result["n"] == 90 and result["accuracy"] == sum(r["official"] for r in after) / 90
     assert {k: v["n"] for k, v in result["levels"].items()} == Counter(t.level for t in tasks)
-    assert result["accuracy"] > 0.05 and any(r["official"] for r in after if r["attachment"] == ".csv")    # it can read files
+    assert result["accuracy"] > 0.05
+    assert any(r["official"] for r in after if r["attachment"] == ".csv")              # it can read files
     assert "this is not the whole validation split" in done.stdout
     lines = [json.loads(x) for x in (here / "ev" / "submission.jsonl").read_text().splitlines()]
     assert len(lines) == 90 and set(lines[0]) == {"task_id", "model_answer", "reasoning_trace"}
@@ -190,8 +224,12 @@ def test_offline_set_and_settings_moved_aside(here, capsys):
     out = capsys.readouterr().out
     assert "NOT GAIA" in out and "pass@2" in out and "maj@2" in out and "Wilson" in out
     first = (here / "ev" / "trajectories.jsonl").read_text()
-    assert Counter(r["sample"] for r in read_records(here / "ev" / "trajectories.jsonl")) == {0: 6, 1: 6}
-    assert main(["--limit", "6", "--samples", "2", "--out", "ev"]) == 0
+    records = read_records(here / "ev" / "trajectories.jsonl")
+    assert Counter(r["sample"] for r in records) == {0: 6, 1: 6}
+    one, other = ([r["trajectory"]["ids"] for r in records if r["sample"] == s] for s in (0, 1))
+    assert one != other                                                    # each sample has a seed of its own
+    assert main(["--limit", "6", "--samples", "2", "--out", "ev", "--export"]) == 0
+    assert len((here / "ev" / "submission.jsonl").read_text().splitlines()) == 6       # the first sample of each
     assert "12 of 12 are done" in capsys.readouterr().out and (here / "ev" / "trajectories.jsonl").read_text() == first
     assert main(["--limit", "6", "--seed", "1", "--out", "ev"]) == 0
     assert "moved to ev.1" in capsys.readouterr().out and (here / "ev.1" / "trajectories.jsonl").read_text() == first
@@ -210,15 +248,18 @@ def test_a_checkpoint_brings_its_settings(here, capsys):
     sampling = {"temperature": 1.0, "max_turns": 2, "turn_tokens": 32, "context_tokens": 256, "observation_tokens": 16}
     (here / "mine.py").write_text("from tools import tool\n@tool\ndef extra(x: str) -> str:\n    'Do.'\n    return x\n")
     (here / "out" / "run.json").write_text(json.dumps(
-        {"config": {"model": "tiny", "difficulty": 0}, "model": "tiny", "quantize": "none", "tools": "mine.py", "sampling": sampling}))
+        {"config": {"model": "tiny", "difficulty": 0}, "model": "tiny", "quantize": "none", "tools": "mine.py",
+         "sampling": sampling}))
     assert main(["--ckpt", "out", "--limit", "6", "--out", "ev"]) == 0
     settings = json.loads((here / "ev" / "settings.json").read_text())
-    assert settings["sampling"]["turn_tokens"] == 32 and settings["sampling"]["temperature"] == 0.0 and settings["adapter"]
+    assert settings["sampling"]["turn_tokens"] == 32 and settings["sampling"]["temperature"] == 0.0
+    assert settings["adapter"]
     assert "extra" in capsys.readouterr().out
     records = read_records(here / "ev" / "trajectories.jsonl")
     assert max(r["steps"] for r in records) <= 2 and max(len(r["trajectory"]["ids"]) for r in records) <= 256
     assert main(["--limit", "6", "--out", "base"]) == 0
-    assert [r["trajectory"]["ids"] for r in read_records(here / "base" / "trajectories.jsonl")] != [r["trajectory"]["ids"] for r in records]
+    base = read_records(here / "base" / "trajectories.jsonl")
+    assert [r["trajectory"]["ids"] for r in base] != [r["trajectory"]["ids"] for r in records]
     (here / "out" / "run.json").unlink()                                   # an adapter that somebody else sent
     assert main(["--ckpt", "out", "--limit", "2", "--out", "foreign"]) == 0
 
@@ -232,7 +273,7 @@ def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
         for i, task in enumerate(tasks):
             seen[task.id] += 1
             if task.id == ids[0] and seen[task.id] <= 2 or task.id == ids[1]:
-                groups[i][0] = replace(groups[i][0], stop_reason="error", answer="17", error="the host")
+                groups[i][0] = replace(groups[i][0], stop_reason="error", answer=task.answer, error="the host")
         return groups
     ids = [t.id for t in gaia(here / "GAIA", 4)]
     monkeypatch.setattr(eval_gaia, "rollout", failing)
@@ -241,31 +282,63 @@ def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
     result = json.loads((here / "ev" / "results.json").read_text())
     assert {r["task_id"] for r in read_records(here / "ev" / "trajectories.jsonl")} == {ids[0], ids[2], ids[3]}
     assert result["n"] == 4 and result["categories"]["infrastructure"] == 1 and result["missing"] >= 1
+    assert result["heuristic"] == result["accuracy"] == result["categories"].get("right", 0) / 4
     monkeypatch.setattr(eval_gaia, "rollout", real)
     assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0                # the next run does what is missing
     assert len(read_records(here / "ev" / "trajectories.jsonl")) == 4
 
 
-def test_the_test_split_is_exported_and_never_scored(here, capsys):
-    place = here / "GAIA" / "2023" / "test"
-    place.mkdir(parents=True)
-    (place / "metadata.jsonl").write_text(json.dumps({"task_id": "x", "Question": "What is 1 plus 1?", "Level": 1, "file_name": "",
-                                                      "Final answer": "?"}) + "\n")
-    assert main(["--gaia-dir", "GAIA", "--split", "test", "--out", "ev", "--export"]) == 0
+def test_choosing_questions(here):
+    tasks = gaia(here / "GAIA", 24)
+
+    def chosen(*flags):
+        return [t.id for t in choose_tasks(parse_args(["--gaia-dir", "GAIA", *flags]), "GAIA")[0]]
+    assert chosen() == [t.id for t in tasks] and chosen("--limit", "5") == [t.id for t in tasks[:5]]
+    assert chosen("--levels", "1", "3") == [t.id for t in tasks if t.level in "13"] != chosen()
+    assert chosen("--text-only") == [t.id for t in tasks if not t.files] != chosen()
+    assert chosen("--ids", tasks[7].id, tasks[2].id) == [tasks[2].id, tasks[7].id]
+
+
+def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    assert issubclass(GatedRepoError, OSError) and issubclass(LocalEntryNotFoundError, OSError)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
+    assert main(["--gaia-dir", "hub", "--out", "ev"]) == 2
+    assert "ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
+
+
+def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
+    export_gaia(builtin_tasks("heldout", 6, 5), here / "GAIA")              # its answers: somebody's guesses
+    (here / "GAIA" / "2023" / "validation").rename(here / "GAIA" / "2023" / "test")
+    monkeypatch.setattr(eval_gaia.Judge, "ask", lambda *_: pytest.fail("nothing is judged, so nothing is paid"))
+    flags = ["--split", "test", "--out", "ev", "--export", "--judge", "local"]
+    assert main(["--gaia-dir", "GAIA", *flags]) == 0
     assert "nothing is scored" in capsys.readouterr().out and not (here / "ev" / "results.json").exists()
-    assert len((here / "ev" / "submission.jsonl").read_text().splitlines()) == 1
-    assert read_records(here / "ev" / "trajectories.jsonl")[0]["official"] is False
+    assert len((here / "ev" / "submission.jsonl").read_text().splitlines()) == 6
+    records = read_records(here / "ev" / "trajectories.jsonl")
+    assert any(r["answer"] for r in records) and {r["gold"] for r in records} == {"?"}
+    assert not any(r["official"] or r["category"] == "right" for r in records)
 
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--bogus"], "unrecognized"), (["--ckpt", "none"], "no such folder"), (["--ckpt", "empty"], "no adapter"),
-    (["--gaia-dir", "none"], "no metadata"), (["--ids", "nobody"], "no question nobody"), (["--limit", "0"], "no question is left"),
-    (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"), (["--tools", "none.py"], "no such file"),
-    (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"), (["--out", "full"], "not empty")])
+    (["--gaia-dir", "none"], "no metadata"), (["--ids", "nobody"], "no question nobody"),
+    (["--limit", "0"], "no question is left"), (["--limit", "-1"], "at least 1"),
+    (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"),
+    (["--tools", "none.py"], "no such file"),
+    (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"),
+    (["--compare", "run", "run"], "not a file of eval_gaia.py"),
+    (["--tools", "search.py"], "two tools are called search"), (["--out", "full"], "not empty")])
 def test_bad_input_is_one_line(here, capsys, arguments, complaint):
     (here / "empty").mkdir()
     (here / "full").mkdir()
     (here / "full" / "diary.txt").write_text("mine")
+    (here / "run").mkdir()
+    (here / "run" / "trajectories.jsonl").write_text('{"step": 1, "task": "x"}\n')    # as train.py writes them
+    (here / "search.py").write_text(
+        "from tools import tool\n@tool\ndef search(x: str) -> str:\n    'Do.'\n    return x\n")
     assert main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and complaint in error

@@ -3,6 +3,7 @@ import base64
 import gzip
 import io
 import json
+import mimetypes
 import os
 import socket
 import threading
@@ -16,7 +17,7 @@ import pytest
 
 import tools
 import web
-from tools import (Tool, ToolContext, ToolError, UserError, find, load_tools, open_web, preflight, prompt_text, read_file,
+from tools import (Tool, ToolContext, ToolError, UserError, exit_status, load_tools, open_web, preflight, prompt_text,
                    tool, visit)
 from web import Cache, Web, WebError, check_address, holds_benchmark, to_text
 
@@ -45,8 +46,9 @@ def test_state_belongs_to_the_trajectory():
 
 
 @pytest.mark.parametrize("args, kwargs, complaint", [
-    ((), {}, "missing"), ((1,), {}, "must be str, not int"), (("a", "b"), {}, "must be int"), (("a", True), {}, "not bool"),
-    (("a", 1.0), {}, "not float"), (("a",), {"marks": [1]}, "list"), (("a",), {"loud": 1}, "unexpected"),
+    ((), {}, "missing"), ((1,), {}, "must be str, not int"), (("a", "b"), {}, "must be int"),
+    (("a", True), {}, "not bool"), (("a", 1.0), {}, "not float"), (("a",), {"marks": [1]}, "list"),
+    (("a",), {"loud": 1}, "unexpected"),
     (("a",), {"context": {}}, "unexpected"), (("a", 1, None, 4), {}, "too many")])
 def test_arguments_are_checked(args, kwargs, complaint):
     with pytest.raises(ToolError, match=complaint):
@@ -89,7 +91,16 @@ def bad_default(x: int = "three") -> str:
     """Do."""
 
 
-@pytest.mark.parametrize("function", [no_docstring, no_hint, no_return, odd_type, star, final_answer, print, Upper, bad_default])
+def test_keyword_only_arguments_stay_so():
+    @tool
+    def scale(x: int = 1, *, by: int) -> int:
+        """Scale."""
+        return x * by
+    assert scale.prompt == "scale(x: int = 1, *, by: int) -> int: Scale." and scale.bind(ToolContext())(by=3) == 3
+
+
+@pytest.mark.parametrize("function", [
+    no_docstring, no_hint, no_return, odd_type, star, final_answer, print, Upper, bad_default])
 def test_wrong_definitions_fail_at_once(function):
     with pytest.raises(UserError, match=f"tool {function.__name__}: "):
         tool(function)
@@ -110,17 +121,31 @@ def test_a_users_own_file(tmp_path):
             load_tools(str(file))
     with pytest.raises(UserError, match="no such file"):
         load_tools(str(tmp_path / "none.py"))
+    (tmp_path / "again.py").write_text(
+        "from tools import tool\n@tool\ndef shout(x: str) -> str:\n    'Do.'\n    return x\n")
+    assert [t.name for t in load_tools(str(tmp_path / "again.py"), beside=[mine])] == ["note", "shout"]
     file.write_text("from tools import tool\n@tool\ndef visit(url: str) -> str:\n    'Do.'\n    return url\n")
     with pytest.raises(UserError, match="two tools are called visit"):
         load_tools(f"web,{file}")
+    with pytest.raises(UserError, match="two tools are called shout"):
+        load_tools(str(tmp_path / "again.py"), beside=[shout])
+
+
+@pytest.mark.parametrize("problem, status, said", [
+    (None, 0, ""), (UserError("--x: no"), 2, "error: --x: no\n"), (KeyboardInterrupt(), 130, "\ninterrupted; go on\n")])
+def test_command_lines_end_alike(capsys, problem, status, said):
+    def command():
+        if problem:
+            raise problem
+    assert exit_status(command, "go on") == status and capsys.readouterr().err == said
 
 
 # ------------------------------------------------------------------------------------------------ the test's own web
-QUESTION = ("If Ada Brunner could row her record-making lake crossing pace without ever resting, how many whole days would she "
-            "need to row the distance around the coast of Iceland at its longest measured course?")
-HTML = ("<html><head><title>Test page</title><script>var x = 1</script></head><body><h1>Heading</h1><p>Some text with a "
-        "<a href='/other'>relative link</a>.</p><table><tr><th>Name</th><th>Age</th></tr><tr><td>Ann</td><td>41</td></tr>"
-        "</table></body></html>")
+QUESTION = ("If Ada Brunner could row her record-making lake crossing pace without ever resting, how many whole days "
+            "would she need to row the distance around the coast of Iceland at its longest measured course?")
+HTML = ("<html><head><title>Test page</title><script>var x = 1</script></head><body><h1>Heading</h1><p>Some text "
+        "with a <a href='/other'>relative link</a>.</p><table><tr><th>Name</th><th>Age</th></tr><tr><td>Ann</td>"
+        "<td>41</td></tr></table></body></html>")
 
 
 def pdf_bytes(*pages):
@@ -157,8 +182,10 @@ class Site:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 url = urlsplit(self.path)
                 site.seen.append((self.command, self.path, dict(self.headers), body))
+                name = url.path.removeprefix("/en/").removeprefix("/de/").strip("/")       # Wikipedia's languages
+                page = "page_" + name.replace("/", "_").replace(".", "_")
                 try:
-                    getattr(site, "page_" + url.path.strip("/").replace("/", "_").replace(".", "_"), site.missing)(self, url)
+                    getattr(site, page, site.missing)(self, url)
                 except (BrokenPipeError, ConnectionResetError):
                     pass
             do_GET = do_POST = handle_any
@@ -210,6 +237,9 @@ class Site:
     def page_away(self, h, url):
         self.redirect(h, parse_qs(url.query)["to"][0])
 
+    def page_leak(self, h, url):
+        self.redirect(h, "https://huggingface.co/datasets/gaia-benchmark/GAIA")
+
     def page_slow(self, h, url):
         time.sleep(60)
         self.send(h, "late")
@@ -251,9 +281,12 @@ class Site:
     def page_w_api_php(self, h, url):
         q = {k: v[0] for k, v in parse_qs(url.query).items()}
         if q.get("list") == "search":
-            answer = {"query": {"search": [{"title": "Ada Lovelace", "snippet": "an <span>English</span> mathematician"}]}}
+            hit = {"title": "Ada Lovelace", "snippet": "an <span>English</span> mathematician"}
+            answer = {"query": {"search": [hit]}}
         elif q["action"] == "parse":
             answer = {"parse": {"text": f"<p>Text of revision {q['oldid']} with a <a href='/wiki/B'>link</a>.</p>"}}
+        elif q["titles"] == "Busy":                                    # so MediaWiki says it: with status 200
+            answer = {"error": {"code": "ratelimited", "info": "..."}}
         elif q["titles"] == "Nothing":
             answer = {"query": {"pages": [{"title": "Nothing", "missing": True}]}}
         else:
@@ -281,8 +314,7 @@ def site():
 @pytest.fixture
 def call(site, tmp_path):
     """call(tool, *arguments): the tool as a trajectory calls it, over the test's web."""
-    made = Web(Cache(), allow_loopback=True, seconds=5, wikipedia=site.url + "?{}", wayback=site.url)
-    made.wikipedia = site.url                                          # one server speaks every language
+    made = Web(Cache(), allow_loopback=True, seconds=5, wikipedia=site.url + "/{}", wayback=site.url)
     context = ToolContext(workdir=tmp_path, question=QUESTION)
 
     def call(name, *args, over=None, **kwargs):
@@ -306,6 +338,15 @@ def test_pdf_and_office_pages(call, site):
     assert "A paragraph about owls." in text and "| left | right |" in text
 
 
+@pytest.mark.parametrize("kind, suffix", [
+    ("wordprocessingml.document", ".docx"), ("presentationml.presentation", ".pptx"), ("spreadsheetml.sheet", ".xlsx")])
+def test_office_types_are_known_without_the_systems_list(monkeypatch, kind, suffix):
+    as_in_a_slim_container = mimetypes.MimeTypes().guess_extension
+    monkeypatch.setattr(tools.mimetypes, "guess_extension", as_in_a_slim_container)
+    kind = f"application/vnd.openxmlformats-officedocument.{kind}; x=1"
+    assert tools.suffix_of(kind, "http://a.org/b", b"PK") == suffix
+
+
 def test_long_pages_are_cut_at_lines_and_counted(call, site):
     pages, n = [], 1
     while True:
@@ -326,10 +367,12 @@ def test_find_shows_the_places(call, site):
 
 @pytest.mark.parametrize("path, error", [
     ("/nothing", "ERROR[http_404]"), ("/loop", "ERROR[network]: too many redirects"), ("/slow", "ERROR[timeout]"),
-    ("/drip", "ERROR[timeout]"), ("/headers", "ERROR[timeout]"), ("/endless", "ERROR[too_large]"), ("/bomb", "ERROR[too_large]"),
-    ("/away?to=http://10.0.0.1/", "ERROR[blocked]"), ("/away?to=http://169.254.169.254/latest", "ERROR[blocked]"),
+    ("/drip", "ERROR[timeout]"), ("/headers", "ERROR[timeout]"), ("/endless", "ERROR[too_large]"),
+    ("/bomb", "ERROR[too_large]"), ("/away?to=http://10.0.0.1/", "ERROR[blocked]"),
+    ("/away?to=https://10.0.0.1/", "ERROR[blocked]"),
+    ("/away?to=http://169.254.169.254/latest", "ERROR[blocked]"),
     ("/away?to=file:///etc/passwd", "ERROR[blocked]"), ("/away?to=ftp://example.org/", "ERROR[blocked]"),
-    ("/away?to=https://huggingface.co/datasets/gaia-benchmark/GAIA", "ERROR[blocked]")])
+    ("/leak", "ERROR[blocked]: this site holds the benchmark")])
 def test_what_goes_wrong_is_text(call, site, path, error):
     call.web.seconds = 1 if "timeout" in error else 30
     begin = time.monotonic()
@@ -342,19 +385,22 @@ def test_redirects_are_followed(call, site):
 
 
 @pytest.mark.parametrize("url", [
-    "http://127.0.0.1:1/", "http://localhost/", "http://[::1]/", "http://0.0.0.0/", "http://10.1.2.3/", "http://2130706433/",
-    "http://0x7f.1/", "http://[::ffff:127.0.0.1]/", "http://192.168.1.1/", "http://172.16.0.1/", "http://169.254.169.254/",
-    "http://100.64.0.1/", "http://[fd00:ec2::254]/", "http://[fe80::1]/", "http://[2002:7f00:1::]/", "http://224.0.0.1/",
-    "file:///etc/passwd", "gopher://example.org/", "http://user:pw@example.org/", "http://", "javascript:1", "//example.org"])
+    "http://127.0.0.1:1/", "http://localhost/", "http://[::1]/", "http://0.0.0.0/", "http://10.1.2.3/",
+    "http://2130706433/", "http://0x7f.1/", "http://[::ffff:127.0.0.1]/", "http://192.168.1.1/",
+    "http://172.16.0.1/", "http://169.254.169.254/", "http://100.64.0.1/", "http://[fd00:ec2::254]/",
+    "http://[fe80::1]/", "http://[2002:7f00:1::]/", "http://224.0.0.1/",
+    "file:///etc/passwd", "gopher://example.org/", "http://user:pw@example.org/", "http://", "javascript:1",
+    "//example.org"])
 def test_private_addresses_and_other_schemes_are_refused(url):
     with pytest.raises(WebError, match="blocked"):
         Web(seconds=2).fetch(url)
 
 
 @pytest.mark.parametrize("address, allowed", [
-    ("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("168.63.129.16", False), ("100.100.100.200", False),
-    ("192.0.0.192", False), ("198.18.0.1", False), ("::", False), ("64:ff9b::7f00:1", False), ("fe80::1%eth0", False),
-    ("255.255.255.255", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True)])
+    ("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("168.63.129.16", False),
+    ("100.100.100.200", False), ("192.0.0.192", False), ("198.18.0.1", False), ("::", False),
+    ("64:ff9b::7f00:1", False), ("fe80::1%eth0", False), ("255.255.255.255", False), ("fec0::1", False),
+    ("::7f00:1", False), ("64:ff9b:1::7f00:1", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True)])
 def test_addresses(address, allowed):
     if allowed:
         check_address(address)
@@ -364,7 +410,7 @@ def test_addresses(address, allowed):
 
 
 def test_a_second_dns_answer_is_no_way_in(site, monkeypatch):
-    """DNS rebinding: public when checked, loopback when connected. The one thing no real name server does for a test."""
+    """DNS rebinding: public when checked, loopback when connected. No real name server does that for a test."""
     real, answers, before = socket.getaddrinfo, ["8.8.8.8", "127.0.0.1"], len(site.seen)
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *a, **k: real(answers.pop(0), port, *a, **k))
     port = urlsplit(site.url).port
@@ -385,8 +431,12 @@ def test_a_proxy_of_the_environment_is_no_way_around(site, monkeypatch):
 def test_pages_that_hold_the_benchmark_are_dropped_and_counted(call, site):
     assert call("visit", site.url + "/answers").startswith("ERROR[blocked]: this page holds the benchmark")
     assert call("find", site.url + "/answers", "Answer").startswith("ERROR[blocked]")
-    assert call("visit", "https://hf-mirror.com/datasets/x/GAIA").startswith("ERROR[blocked]")
-    assert call.web.counts["benchmark"] == 3
+    for url in ("https://hf-mirror.com/datasets/x/GAIA", "https://huggingface.co/%64atasets/x",
+                "https://huggingface.co:443/datasets/x", "https://huggingface.co/api/datasets/x",
+                "https://a.org/gaia%2Dbenchmark"):
+        assert call("visit", url).startswith("ERROR[blocked]: this site holds the benchmark")
+    assert call("download", site.url + "/answers").startswith("ERROR[blocked]") and not os.listdir(call.folder)
+    assert call.web.counts["benchmark"] == 8
     assert "record-making" in call("visit", site.url + "/quotes")          # a page about the matter is none
 
 
@@ -403,7 +453,8 @@ SEARCHES = {    # API answer, request that must arrive: (method, what its body o
     "serper": ({"organic": [{"title": "T", "link": "http://a.org", "snippet": "S"}]},
                {"q": "cats site:a.org", "num": 3, "tbs": "cdr:1,cd_min:1/1/2020,cd_max:12/31/2020"}, "X-API-KEY"),
     "brave": ({"web": {"results": [{"title": "T", "url": "http://a.org", "description": "S"}]}},
-              {"q": ["cats site:a.org"], "count": ["3"], "freshness": ["2020-01-01to2020-12-31"]}, "X-Subscription-Token"),
+              {"q": ["cats site:a.org"], "count": ["3"], "freshness": ["2020-01-01to2020-12-31"]},
+              "X-Subscription-Token"),
     "tavily": ({"results": [{"title": "T", "url": "http://a.org", "content": "S"}]},
                {"query": "cats", "max_results": 3, "start_date": "2020-01-01", "end_date": "2020-12-31",
                 "include_domains": ["a.org"]}, "Authorization"),
@@ -411,16 +462,22 @@ SEARCHES = {    # API answer, request that must arrive: (method, what its body o
                 {"q": ["cats site:a.org 2020"], "format": ["json"]}, None)}
 
 
+def point(monkeypatch, backend, url):
+    """An API at another address."""
+    variable, _, *form = tools.SEARCHES[backend]
+    monkeypatch.setitem(tools.SEARCHES, backend, (variable, url, *form))
+
+
 @pytest.mark.parametrize("backend", SEARCHES)
 def test_search_apis(call, site, monkeypatch, backend):
     answer, wanted, header = SEARCHES[backend]
-    for variable, _ in tools.SEARCHES.values():
-        monkeypatch.delenv(variable, raising=False)
+    for variable, *_ in tools.SEARCHES.values():
+        monkeypatch.delenv(variable or "NONE", raising=False)
     monkeypatch.setattr(site, f"page_{backend}", site.search(answer), raising=False)
     monkeypatch.setattr(site, "page_search", site.search(answer), raising=False)
     variable = tools.SEARCHES[backend][0]
     monkeypatch.setenv(variable, site.url if backend == "searxng" else "the-secret-key")
-    monkeypatch.setitem(tools.SEARCHES, backend, (variable, f"{site.url}/{backend}"))
+    point(monkeypatch, backend, f"{site.url}/{backend}")
     assert call("web_search", "cats", 3, 2020, "a.org") == "1. T\n   http://a.org\n   S"
     method, path, headers, body = site.seen[-1]
     sent = json.loads(body) if method == "POST" else parse_qs(urlsplit(path).query)
@@ -429,27 +486,41 @@ def test_search_apis(call, site, monkeypatch, backend):
 
 
 def test_search_without_a_key_is_wikipedias(call, site, monkeypatch):
-    for variable, _ in tools.SEARCHES.values():
-        monkeypatch.delenv(variable, raising=False)
-    assert call("web_search", "Ada") == f"1. Ada Lovelace\n   {site.url}/wiki/Ada_Lovelace\n   an English mathematician"
+    for variable, *_ in tools.SEARCHES.values():
+        monkeypatch.delenv(variable or "NONE", raising=False)
+    found = f"1. Ada Lovelace\n   {site.url}/en/wiki/Ada_Lovelace\n   an English mathematician"
+    assert call("web_search", "Ada") == found
     assert "tool-r1" in site.seen[-1][2]["User-Agent"]
 
 
 def test_hits_that_hold_the_benchmark_are_dropped(call, site, monkeypatch):
     hits = [{"title": "T", "link": "https://huggingface.co/datasets/gaia-benchmark/GAIA", "snippet": ""},
-            {"title": "T", "link": "http://a.org", "snippet": QUESTION}, {"title": "good", "link": "http://b.org", "snippet": "S"}]
+            {"title": "T", "link": "http://a.org", "snippet": QUESTION},
+            {"title": "good", "link": "http://b.org", "snippet": "S"}]
     monkeypatch.setenv("SERPER_API_KEY", "k")
     monkeypatch.setattr(site, "page_serper", site.search({"organic": hits}), raising=False)
-    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+    point(monkeypatch, "serper", site.url + "/serper")
     assert call("web_search", "cats") == "1. good\n   http://b.org\n   S" and call.web.counts["benchmark"] == 2
+
+
+def test_no_more_hits_than_asked_for(call, site, monkeypatch):
+    hits = [{"title": f"T{i}", "link": f"http://a.org/{i}", "snippet": "S"} for i in range(30)]
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    monkeypatch.setattr(site, "page_serper", site.search({"organic": hits}), raising=False)
+    point(monkeypatch, "serper", site.url + "/serper")
+    assert call("web_search", "cats", 2) == "1. T0\n   http://a.org/0\n   S\n2. T1\n   http://a.org/1\n   S"
+    call("web_search", "cats", 500)
+    assert json.loads(site.seen[-1][3])["num"] == 20                       # what the APIs allow
 
 
 def test_wiki_as_it_was(call, site):
     text = call("wiki", "Ada Lovelace", "2015-06-30")
     assert text.startswith("Ada Lovelace, revision of 2015-06-01") and "Text of revision 7" in text
-    assert "revision 9" in call("wiki", "de:Ada Lovelace")
+    assert "revision 9" in call("wiki", "de:Ada Lovelace") and site.seen[-1][1].startswith("/de/w/api.php?")
     assert call("wiki", "Nothing", "2001-01-01") == "ERROR[not_found]: no article 'Nothing' on 2001-01-01"
     assert call("wiki", "Ada", "last year").startswith("ERROR[bad_date]")
+    assert call("wiki", "Busy").startswith("ERROR[bad_answer]")            # and is not kept as "no article"
+    assert all("Busy" not in r for r, in call.web.cache.db.execute("SELECT request FROM answers"))
 
 
 def test_archive(call, site):
@@ -496,7 +567,8 @@ FILES = {
     "a.jsonld": (b'{"@id": "x"}', ['"@id"']), "a.pdf": (lambda: pdf_bytes("Cats.", "Dogs."), ["[page 2 of 2]\nDogs."]),
     "a.docx": (lambda: docx_bytes("Owls."), ["# A report", "Owls.", "| left | right |"]),
     "a.pptx": (pptx_bytes, ["# A title", "with crustaceans"]), "a.zip": (zip_bytes, ["inner/a.txt (5 bytes)"]),
-    "a.xlsx": (xlsx_bytes, ["A1=Ann | B1=7", "B2==B1*2", "C3= [fill FF00FF00]", "A1=elsewhere", "sheets: Plots, Other"])}
+    "a.xlsx": (xlsx_bytes,
+               ["A1=Ann | B1=7", "B2==B1*2", "C3= [fill FF00FF00]", "A1=elsewhere", "sheets: Plots, Other"])}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -514,7 +586,8 @@ def test_one_sheet_and_its_absence(call):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.pdf", b"%PDF-1.4 broken"), ("a.docx", b"PK broken"), ("a.xlsx", b""), ("a.zip", b"x"), ("a.bin", b"\0\1\2"), ("a.png", b"\x89PNG\0")])
+    ("a.pdf", b"%PDF-1.4 broken"), ("a.docx", b"PK broken"), ("a.xlsx", b""), ("a.zip", b"x"), ("a.bin", b"\0\1\2"),
+    ("a.png", b"\x89PNG\0")])
 def test_broken_files_are_text(call, name, content):
     (call.folder / name).write_bytes(content)
     assert call("read_file", name).startswith("ERROR[unreadable]")
@@ -534,8 +607,8 @@ def test_a_parser_that_hangs_is_ended():
         to_text(pdf_bytes("x"), ".pdf", seconds=0.01)
 
 
-@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "link", "folder/../../secret", "linked/secret", "pipe", "", ".",
-                                  "folder", "nothing"])
+@pytest.mark.parametrize("path", [
+    "../secret", "/etc/passwd", "link", "folder/../../secret", "linked/secret", "pipe", "", ".", "folder", "nothing"])
 def test_only_files_below_the_folder(call, path, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     (outside / "secret").write_text("s3cret")
@@ -565,11 +638,13 @@ def test_what_the_rollout_fills_in_after_binding_reaches_the_tool(call):
 
 
 def test_download_writes_only_new_files_in_the_folder(call, site):
-    assert call("download", site.url + "/doc.pdf") == "saved as doc.pdf (%d bytes)" % (call.folder / "doc.pdf").stat().st_size
+    said = call("download", site.url + "/doc.pdf")
+    assert said == f"saved as doc.pdf ({(call.folder / 'doc.pdf').stat().st_size} bytes)"
     assert "about cats" in call("read_file", "doc.pdf")
     assert call("download", site.url + "/doc.pdf").startswith("ERROR[no_file]: doc.pdf: File exists")
-    (call.folder / "page.html").symlink_to("/tmp/should-not-exist-tool-r1")
-    assert call("download", site.url + "/hop").startswith("ERROR[no_file]") and not Path("/tmp/should-not-exist-tool-r1").exists()
+    outside = Path("/tmp/should-not-exist-tool-r1")
+    (call.folder / "page.html").symlink_to(outside)
+    assert call("download", site.url + "/hop").startswith("ERROR[no_file]") and not outside.exists()
 
 
 # ------------------------------------------------------------------------------------------------ image and sound
@@ -587,14 +662,16 @@ def test_image_and_audio_requests_byte_for_byte(call, site, monkeypatch):
     assert call("ask_image", "a.jpg", "What is it?") == "a red cube"
     *_, headers, body = site.seen[-1]
     assert headers["Authorization"] == "Bearer the-secret-key"
-    assert json.loads(body) == {"model": "vision-model", "temperature": 0, "max_tokens": 512, "messages": [{"role": "user", "content": [
+    fixed = {"model": "vision-model", "temperature": 0, "max_tokens": 512}
+    assert json.loads(body) == fixed | {"messages": [{"role": "user", "content": [
         {"type": "text", "text": "What is it?"},
         {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(image).decode()}}]}]}
     assert call("transcribe", "a.mp3") == "hello"
     _, path, headers, body = site.seen[-1]
     edge = headers["Content-Type"].split("boundary=")[1].encode()
     parts = body.split(b"--" + edge)
-    assert path == "/v1/audio/transcriptions" and headers["Authorization"] == "Bearer the-secret-key" and parts[-1] == b"--\r\n"
+    assert path == "/v1/audio/transcriptions" and headers["Authorization"] == "Bearer the-secret-key"
+    assert parts[-1] == b"--\r\n"
     assert parts[1] == b'\r\nContent-Disposition: form-data; name="model"\r\n\r\naudio-model\r\n'
     assert parts[2] == (b'\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n\r\n' + sound + b"\r\n")
     before = len(site.seen)
@@ -606,8 +683,9 @@ def test_record_then_replay_without_the_web_and_without_keys(site, tmp_path, mon
     from dataclasses import replace
     file = str(tmp_path / "web.sqlite")
     monkeypatch.setenv("SERPER_API_KEY", "the-secret-key")
-    monkeypatch.setattr(site, "page_serper", site.search({"organic": [{"title": "T", "link": "http://a.org", "snippet": "S"}]}), raising=False)
-    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+    hit = {"title": "T", "link": "http://a.org", "snippet": "S"}
+    monkeypatch.setattr(site, "page_serper", site.search({"organic": [hit]}), raising=False)
+    point(monkeypatch, "serper", site.url + "/serper")
 
     def answers(mode):
         made, log = Web(Cache(file, mode), allow_loopback=True, seconds=2), []
@@ -649,7 +727,10 @@ def test_equal_requests_at_once_are_made_once(tmp_path):
         made.append(1)
         time.sleep(0.2)
         raise WebError("http_500", "x")
-    threads = [threading.Thread(target=lambda: results.append(cache.answer("t", {"a": 1}, "b", make))) for _ in range(8)]
+
+    def ask():
+        results.append(cache.answer("t", {"a": 1}, "b", make))
+    threads = [threading.Thread(target=ask) for _ in range(8)]
     for t in threads:
         t.start()
     for t in threads:
@@ -681,26 +762,31 @@ def test_the_preflight_says_what_is_live_and_why_not(monkeypatch):
     for variable in ("VISION_URL", "VISION_MODEL", "AUDIO_URL", "AUDIO_MODEL"):
         monkeypatch.delenv(variable, raising=False)
     rows = {t.name: why for t, why in preflight(Web())}
-    assert list(rows) == ["web_search", "visit", "find", "wiki", "archive", "download", "read_file", "ask_image", "transcribe"]
+    assert list(rows) == ["web_search", "visit", "find", "wiki", "archive", "download", "read_file", "ask_image",
+                          "transcribe"]
     assert rows["ask_image"] == "VISION_URL is not set; VISION_MODEL is not set" and not rows["visit"]
     monkeypatch.setattr(tools, "find_spec", lambda name: None)              # as where the package is not installed
     rows = {t.name: why for t, why in preflight(Web())}
-    assert "pip install -r requirements-gaia.txt" in rows["visit"] and not rows["web_search"] and not rows["download"]
+    assert rows["visit"] == "no markitdown, pypdf, openpyxl: pip install -r requirements-gaia.txt"
+    assert not rows["web_search"] and not rows["download"]
     assert [t.name for t in load_tools("web")] == ["web_search", "download"]
 
 
 def test_cache_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert open_web("live").cache.mode == "live" and open_web("record:a.db").cache.mode == "record" and Path("a.db").exists()
+    assert open_web("live").cache.mode == "live"
+    assert open_web("record:a.db").cache.mode == "record" and Path("a.db").exists()
     assert open_web("replay:a.db").cache.mode == "replay"
-    for bad in ("off", "replay:none.db", "replay"):
-        with pytest.raises(UserError):
+    Path("notes.txt").write_text("these are no answers of the web\n" * 9)
+    for bad in ("off", "replay:none.db", "replay", "record:no/folder/a.db", "replay:notes.txt"):
+        with pytest.raises(UserError, match=f"--cache {bad}: "):
             open_web(bad)
 
 
 # ------------------------------------------------------------------------------------------------ nothing escapes
-@pytest.mark.parametrize("url", ["http://[::1", "http://a b/", "http://\x00/", "http://" + "a" * 300 + ".org/", "http://..//", "http://x:99999/",
-                                 "http://ex\u0430mple.\ud800/", "", " ", "\n", "http://%zz/", "http://a.org:port/"])
+@pytest.mark.parametrize("url", [
+    "http://[::1", "http://a b/", "http://\x00/", "http://" + "a" * 300 + ".org/", "http://..//", "http://x:99999/",
+    "http://ex\u0430mple.\ud800/", "", " ", "\n", "http://%zz/", "http://a.org:port/"])
 def test_no_address_raises_into_a_rollout(call, url):
     assert call("visit", url).startswith("ERROR[")
 
@@ -708,7 +794,7 @@ def test_no_address_raises_into_a_rollout(call, url):
 def test_a_bug_in_a_tool_is_text_and_a_users_error_is_the_users(call, monkeypatch, site):
     monkeypatch.setenv("SERPER_API_KEY", "the-secret-key")
     monkeypatch.setattr(site, "page_serper", site.search([1, 2]), raising=False)      # not what Serper answers
-    monkeypatch.setitem(tools.SEARCHES, "serper", ("SERPER_API_KEY", site.url + "/serper"))
+    point(monkeypatch, "serper", site.url + "/serper")
     assert call("web_search", "x") == "ERROR[failed]: AttributeError"
 
     @tool
@@ -740,7 +826,8 @@ def test_replayed_images_need_neither_key_nor_model(call, tmp_path, monkeypatch)
     file = str(tmp_path / "web.sqlite")
     (call.folder / "a.png").write_bytes(b"\x89PNG")
     recorded = Web(Cache(file, "record"))
-    recorded.cache.answer("ask_image", {"image": tools.hashlib.sha256(b"\x89PNG").hexdigest(), "question": "q"}, "m", lambda: "blue")
+    recorded.cache.answer("ask_image", {"image": tools.hashlib.sha256(b"\x89PNG").hexdigest(), "question": "q"}, "m",
+                          lambda: "blue")
     for variable in ("VISION_URL", "VISION_MODEL"):
         monkeypatch.delenv(variable, raising=False)
     replay = Web(Cache(file, "replay"))
