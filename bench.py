@@ -4,7 +4,6 @@ One section a room, each with a function `bench_<room>(args) -> dict`: it prints
 for --json. What is compared runs in one process: machines differ, and are noisy. No room imports this file.
 Reading order: any section; `main` ties them together.
 """
-import argparse
 import gc
 import json
 import os
@@ -25,7 +24,7 @@ import bitsandbytes as bnb      # after policy, which quiets its import
 import grpo
 import rollout
 from executor import Executor, Limits
-from tools import UserError
+from tools import OneLineParser, exit_status
 
 sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive way lives there
 from oracle import oracle       # noqa: E402
@@ -41,7 +40,7 @@ class Workload:
     observed: tuple[int, int]   # tokens an observation, log-uniform
     prompt: int                 # tokens, shared by a group of 8
     context: int
-    slots: tuple[int, ...]      # that the engine is measured with
+    slots: tuple[int, ...] = () # that bench_rollout measures
 
 
 WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048, (32, 64)),
@@ -334,7 +333,7 @@ def bench_real_shape(args) -> dict:
     for tokens in (256,) if args.quick else (4096, 8192):
         plan = memory(network.config, True, slots, tokens, tokens)
         del plan["runtime: CUDA context, fragmentation"]
-        work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens, (slots,))
+        work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens)
         batch, cfg = random_batch(vocabulary, [tokens] * 2), grpo.GRPOConfig(token_budget=tokens)
         for column, (phase, run) in enumerate({
                 "sampling": lambda: run_engine(network, work, slots)["seconds"],
@@ -457,8 +456,8 @@ def machine() -> dict:
             "date": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def main() -> None:
+    parser = OneLineParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     rooms = parser.add_subparsers(dest="room", required=True)
     section = rooms.add_parser("executor", help="sessions: start, step, tool call, memory", allow_abbrev=False)
     section.set_defaults(bench=bench_executor)
@@ -477,16 +476,10 @@ def main() -> int:
         section.add_argument("--quick", action="store_true", help="a small scale, for CI")
         section.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
-    try:
-        figures = args.bench(args) | {"machine": machine()}
-        if args.json:
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump(figures, file, indent=1)
-    except UserError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    figures = args.bench(args) | {"machine": machine()}
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -23,6 +23,7 @@ import os
 import random
 import sys
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from executor import Executor
 from policy import Policy, load_policy
-from reward import Judge, Reward, clean, compute_rewards, heuristic_judge
+from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
 from tools import (NEEDS, Call, OneLineParser, Tool, UserError, exit_status, load_tools, open_web,
@@ -93,17 +94,23 @@ def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, lo
     return next((name for name, applies in ways if applies), "no_answer")
 
 
-def record_of(task: Task, t: Trajectory, calls: list[Call], reward: Reward) -> dict:
-    """One line of trajectories.jsonl."""
+def opinion(judge: Judge, task: Task, t: Trajectory) -> bool | None:
+    """The LLM's, of every answer: in training it decides only where the heuristic is unsure, here it stands beside."""
+    if judge.spec == "heuristic" or t.stop_reason == "error" or t.answer is None:
+        return None
+    return judge.ask(task.question, task.answer, t.answer)
+
+
+def record_of(task: Task, t: Trajectory, calls: list[Call], llm: bool | None) -> dict:
+    """One line of trajectories.jsonl. llm: the LLM's verdict, None if it was not asked or gave none."""
     answer = None if t.stop_reason == "error" else t.answer    # of a broken host, whatever it left behind
     rule = heuristic_judge(task.question, task.answer, answer)
-    official = reward.official and task.answer != HIDDEN
+    official = gaia_score(answer, task.answer) and task.answer != HIDDEN
     return {
         "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
         "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
-        "answer": answer, "official": official, "heuristic": rule,
-        "llm": bool(reward.answer) if reward.source == "llm" else None,
-        "category": category_of(task, t, calls, official, rule == "right" or reward.answer == 1),
+        "answer": answer, "official": official, "heuristic": rule, "llm": llm,
+        "category": category_of(task, t, calls, official, rule == "right" or bool(llm)),
         "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
         "tool_calls": len(calls), "cache_hits": sum(c.hits for c in calls),
         "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls), "trajectory": t.to_dict()}
@@ -163,8 +170,10 @@ def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int
     run.log.clear()
     groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
     pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
-    return [record_of(task, t, [c for c in run.log if c.question == task.question], reward)
-            for (task, t), reward in zip(pairs, compute_rewards(pairs, run.judge))]
+    with ThreadPoolExecutor(8) as pool:
+        opinions = pool.map(lambda pair: opinion(run.judge, *pair), pairs)
+        return [record_of(task, t, [c for c in run.log if c.question == task.question], llm)
+                for (task, t), llm in zip(pairs, opinions)]
 
 
 def read_records(file: Path, cut: bool = False) -> list[dict]:
@@ -189,12 +198,10 @@ def right_by(r: dict) -> tuple[bool, bool | None, bool | None]:
 
 def share(records: list[dict]) -> dict:
     """Mean over questions of the share of samples that is right: official with a Wilson interval over
-    questions, heuristic (unsure is wrong), and heuristic with the LLM where that was unsure."""
+    questions, by the heuristic and by the LLM; unsure, unasked and without a verdict count as wrong."""
     by_task = defaultdict(list)
     for r in records:
-        official, heuristic, llm = right_by(r)
-        judged = llm if heuristic is None else heuristic
-        by_task[r["task_id"]].append((official, bool(heuristic), bool(judged)))
+        by_task[r["task_id"]].append([bool(right) for right in right_by(r)])
     n = len(by_task)
     means = [fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0 for i in range(3)]
     return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n), "heuristic": means[1], "llm": means[2]}
@@ -226,7 +233,7 @@ def summary(records: list[dict], samples: int) -> dict:
     result = {
         **share(records), "levels": shares("level"), "attachments": shares("attachment"),
         "text_only": share([r for r in records if r["attachment"] == "none"]), "agreement": agreement(records),
-        "llm_asked": sum(r["llm"] is not None for r in records),
+        "llm_verdicts": sum(r["llm"] is not None for r in records),
         "missing": sum(r["answer"] is None for r in records), "categories": Counter(r["category"] for r in records),
         "mean": {k: fmean(r[k] for r in records)
                  for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
@@ -245,10 +252,10 @@ def printed(result: dict, samples: int) -> str:
     """The tables, as text."""
     def line(name: str, s: dict) -> str:
         low, high = s["wilson95"]
-        llm = f"{100 * s['llm']:8.1f} %" if result["llm_asked"] else "         -"
+        llm = f"{100 * s['llm']:8.1f} %" if result["llm_verdicts"] else "         -"
         return (f"  {name:<24}{s['n']:5d}{100 * s['accuracy']:8.1f} %  [{100 * low:4.1f}, {100 * high:5.1f}]"
                 f"{100 * s['heuristic']:10.1f} %{llm}")
-    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic    + LLM", line("all", result)]
+    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic      LLM", line("all", result)]
     lines += [line(f"level {k}", v) for k, v in result["levels"].items()]
     lines += [line(f"attachment {k}", v) for k, v in result["attachments"].items()]
     lines += [line("text-only subset", result["text_only"])]
@@ -295,13 +302,14 @@ def compare(base: Path, trained: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------- settings, command line
-def choose_tasks(args, data: str | int) -> tuple[list[Task], str]:
-    """(the questions, where they come from). data: --gaia-dir, or the difficulty of the offline set."""
-    if args.gaia_dir is None:
-        export_gaia(builtin_tasks("heldout", 264, 0, CORE + HARD, data), args.out / "offline_set")
-        tasks, source = read_gaia(args.out / "offline_set"), "offline"
-    else:
-        tasks, source = read_gaia(hub_copy() if args.gaia_dir == "hub" else args.gaia_dir, args.split), "gaia"
+def offline_set(folder: Path, difficulty: int) -> list[Task]:
+    """Held-out built-in tasks, written and read in GAIA's format."""
+    export_gaia(builtin_tasks("heldout", 264, 0, CORE + HARD, difficulty), folder)
+    return read_gaia(folder)
+
+
+def choose_tasks(args, tasks: list[Task]) -> list[Task]:
+    """Those that the flags ask for. UserError where none is left."""
     if args.split == "test":    # never scored here, whatever somebody wrote into a copy of it
         tasks = [replace(t, answer=HIDDEN) for t in tasks]
     if unknown := set(args.ids or []) - {t.id for t in tasks}:
@@ -310,7 +318,7 @@ def choose_tasks(args, data: str | int) -> tuple[list[Task], str]:
              and not (args.text_only and t.files)][:args.limit]
     if not tasks:
         raise UserError("no question is left: see --levels, --ids, --limit")
-    return tasks, source
+    return tasks
 
 
 def hub_copy() -> str:
@@ -380,6 +388,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if min(args.samples, args.limit or 1) < 1:
         raise UserError("--samples and --limit: at least 1")
+    check_judge(args.judge, args.judge_model)
     return args
 
 
@@ -427,12 +436,18 @@ def command(args) -> None:
     if args.compare:
         print(json.dumps(compare(*args.compare), indent=1))
         return
+    tasks, source = [], "offline"
+    if args.gaia_dir:       # bad data is said before the model takes its minutes, and before anything is moved
+        tasks, source = read_gaia(hub_copy() if args.gaia_dir == "hub" else args.gaia_dir, args.split), "gaia"
     with Executor(args.sandbox) as executor:
         run, settings = prepare(args)
         settle_out(args.out, settings)
-        run.tasks, source = choose_tasks(args, settings["data"])
+        run.tasks = choose_tasks(args, tasks or offline_set(args.out / "offline_set", settings["data"]))
         announce(run, source, executor.sandbox)
-        records = evaluate(run, executor)
+        try:
+            records = evaluate(run, executor)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("what is on file stays: the same command goes on") from None
     finish(args, run, records, source)
 
 
@@ -457,7 +472,7 @@ def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
 
 
 def main(argv=None) -> int:
-    return exit_status(lambda: command(parse_args(argv)), "what is on file stays: the same command goes on")
+    return exit_status(lambda: command(parse_args(argv)))
 
 
 if __name__ == "__main__":

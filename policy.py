@@ -130,12 +130,13 @@ def offline(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def readable_errors(what: str, hint: str):
-    """Whatever a library raises over a file or the network, as one line."""
+def readable_errors(what: str, hint: str, away: bool = False):
+    """Whatever a library raises over a file or the network, as one line. away: the hub is out of reach."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:200]}. {hint}") from error
+        why = "the hub is out of reach, and no whole copy is cached" if away else " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load {what}: {why}. {hint}") from error
 
 
 HUB_HINT = "Without network, give a local folder (--model DIR) or take the built-in model (--model tiny)"
@@ -148,14 +149,14 @@ def in_nf4(quantize: str, parameters: int, on_gpu: bool) -> bool:
     return quantize == "nf4" or (quantize == "auto" and on_gpu and parameters >= 1e9)
 
 
-def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype, away: bool) -> torch.nn.Module:
     """The frozen base in `dtype`, its blocks in NF4 if asked. Weights are read from safetensors only."""
     nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                     bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    with readable_errors(f"the model {name}", HUB_HINT):
+    with readable_errors(f"the model {name}", HUB_HINT, away):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map={"": device}, use_safetensors=True, attn_implementation="sdpa",
-            quantization_config=nf4_config if nf4 else None, local_files_only=offline(name))
+            quantization_config=nf4_config if nf4 else None, local_files_only=away)
     never_repack(model)
     return model.requires_grad_(False)
 
@@ -199,11 +200,12 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     name, config, on_gpu = resolve_model(model), model_config(model), torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     parameters = sum(parameter_counts(config))
-    with readable_errors(f"the tokenizer of {name}", HUB_HINT):
+    away = offline(name)
+    with readable_errors(f"the tokenizer of {name}", HUB_HINT, away):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=offline(name))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)
     nf4 = in_nf4(quantize, parameters, on_gpu)
-    base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32))
+    base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32), away)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed)
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
@@ -239,8 +241,9 @@ def model_config(model: str):
                 "num_key_value_heads", "vocab_size", "tie_word_embeddings")
         return Qwen2Config(**dict(zip(keys, QWEN25[model])))
     name = resolve_model(model)
-    with readable_errors(f"the model {name}", HUB_HINT):
-        config = AutoConfig.from_pretrained(name, local_files_only=offline(name))
+    away = offline(name)
+    with readable_errors(f"the model {name}", HUB_HINT, away):
+        config = AutoConfig.from_pretrained(name, local_files_only=away)
         parameter_counts(config)                                # raises for shapes that are not Llama's
         return config
 

@@ -349,6 +349,14 @@ class Verdict:
     unsure: bool                         # whether the heuristic was
 
 
+def check_judge(spec: str, model_name: str | None) -> None:
+    """UserError for a --judge and --judge-model that make no Judge."""
+    if spec not in ("heuristic", "local") and not re.match("https?://", spec):
+        raise UserError(f"--judge {spec}: it is heuristic, local or a URL (http://...)")
+    if spec.startswith("http") and not model_name:
+        raise UserError("--judge URL needs --judge-model NAME")
+
+
 class Judge:
     """Heuristic first, a language model where that is unsure.
 
@@ -359,14 +367,9 @@ class Judge:
 
     def __init__(self, spec: str = "heuristic", model_name: str | None = None, policy=None,
                  cache: Cache | None = None, concurrency: int = 8, seconds: float = 60.0):
-        if spec not in ("heuristic", "local") and not re.match("https?://", spec):
-            raise UserError(f"--judge {spec}: it is heuristic, local or a URL (http://...)")
-        if spec == "local" and policy is None:
-            raise UserError("--judge local needs a loaded model")
-        if spec.startswith("http") and not model_name:
-            raise UserError("--judge URL needs --judge-model NAME")
+        check_judge(spec, model_name)
         self.spec, self.policy, self.seconds = spec, policy, seconds
-        self.model_name = model_name or (policy.name if policy else None)
+        self.model_name = policy.name if spec == "local" else model_name
         self.cache = cache or Cache()
         self.places = threading.Semaphore(1 if spec == "local" else concurrency)
 

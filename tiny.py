@@ -16,7 +16,6 @@ Reading order: DEMOS -> demonstrate -> build_tokenizer, build_model -> the two k
 * Every demonstration has fresh names of the training side of the world: a small pool is learned by heart.
   Copying is the slow skill, so it is begun before, on random tokens.
 """
-import argparse
 import io
 import random
 import sys
@@ -33,7 +32,7 @@ from executor import StepResult
 from policy import TINY
 from rollout import Chat, build_prompt
 from tasks import BUILTIN_TOOLS, Task, draw
-from tools import UserError
+from tools import OneLineParser, UserError, exit_status
 
 VOCABULARY = 768
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -189,7 +188,7 @@ def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the built-in model.")
+    parser = OneLineParser(prog="tiny.py", description="Rebuild the built-in model.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copy-steps", type=int, default=1500, help="at most; ends when copying is learned")
@@ -208,8 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"tiny.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main))

@@ -48,15 +48,15 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")
 
 
-def exit_status(command: Callable[[], None], goes_on: str = "") -> int:
-    """Run a command line: 0 done, 2 bad input, 130 interrupted, both said in one line. goes_on: how it resumes."""
+def exit_status(command: Callable[[], None]) -> int:
+    """Run a command line: 0 done, 2 bad input, 130 interrupted, both said in one line."""
     try:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted{goes_on and '; ' + goes_on}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:                  # its text, if it has one, says how to go on
+        print(": ".join(["\ninterrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
 

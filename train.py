@@ -46,10 +46,10 @@ from executor import Executor
 from policy import Policy, load_policy, plan_memory, save_adapter    # before peft: it quiets peft's import
 from grpo import GRPOConfig, group_advantages, make_optimizer, update as grpo_update, warnings_for, world
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from reward import Judge, Reward, compute_rewards
+from reward import Judge, Reward, check_judge, compute_rewards
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, read_jsonl
-from tools import OneLineParser, UserError, load_tools, open_web
+from tools import OneLineParser, UserError, exit_status, load_tools, open_web, preflight_table
 from web import Cache
 
 
@@ -137,8 +137,13 @@ def parse_args(argv=None) -> tuple[Config, set[str]]:
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, (int, float)) and (value < 0 or value == 0 and name not in MAY_BE_ZERO):
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be more than 0")
-    return Config(**given), set(given)
+            bound = "0 or more" if name in MAY_BE_ZERO else "more than 0"
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be {bound}")
+    cfg = Config(**given)
+    if cfg.group_size == 1:
+        raise UserError("--group-size 1: an advantage compares trajectories of one task, so it takes at least 2")
+    check_judge(cfg.judge, cfg.judge_model)
+    return cfg, set(given)
 
 
 # ------------------------------------------------------------------------------------------------------- the state
@@ -733,7 +738,10 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     data = read_jsonl(Path(cfg.data)) if cfg.data else None   # bad data is said before the model takes its minutes
-    loaded = load_tools(cfg.tools, open_web(cfg.cache)) if cfg.tools else []
+    web = open_web(cfg.cache)
+    load_tools(cfg.tools, web)                                # so are bad tools
+    if "web" in (cfg.tools or "").split(",") and rank == 0:
+        print(preflight_table(web))
     if cfg.vram is not None:
         plan = plan_memory(cfg.model, cfg.vram, cfg.quantize, context=cfg.context_tokens, slots=cfg.slots,
                            token_budget=cfg.token_budget)
@@ -747,7 +755,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     if cfg.groups % size:
         raise UserError(f"--groups {cfg.groups} cannot be shared by {size} processes")
     builtin = BUILTIN_TOOLS if not cfg.data or policy.preset.prompt == "short" else []    # the tiny model knows these
-    tools = builtin + loaded
+    tools = load_tools(cfg.tools, web, builtin)
     verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
     judge = Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts)
     run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor, judge, tools, *split_tasks(cfg, data),
@@ -807,11 +815,10 @@ def join_processes():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
-def main(argv=None) -> int:
-    """Exit status: 0 done, 2 bad input (one line says what to do), 130 interrupted (--resume continues)."""
-    cfg = None
+def command(argv=None):
+    """All of it. UserError for bad input; an out-of-memory that the update could not mend is one, too."""
+    cfg, given = parse_args(argv)
     try:
-        cfg, given = parse_args(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             join_processes()
         with Executor(cfg.sandbox) as executor:
@@ -823,21 +830,20 @@ def main(argv=None) -> int:
             else:
                 train(run)
                 report(run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).partition('. ')[0]}); the last checkpoint is whole: python "
-              f"train.py --resume --out {cfg.out} with fewer --slots, a smaller --token-budget, or --vram GIB, which "
-              "plans both", file=sys.stderr)
-        return 2
+        raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}); the last checkpoint is whole: python "
+                        f"train.py --resume --out {cfg.out} with fewer --slots, a smaller --token-budget, or --vram "
+                        "GIB, which plans both") from error
     except KeyboardInterrupt:
-        print(f"\ninterrupted; nothing is lost: python train.py --resume --out {cfg.out}", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"nothing is lost: python train.py --resume --out {cfg.out}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+
+
+def main(argv=None) -> int:
+    """Exit status: 0 done, 2 bad input, 130 interrupted (--resume continues)."""
+    return exit_status(lambda: command(argv))
 
 
 if __name__ == "__main__":

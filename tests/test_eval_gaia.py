@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 import eval_gaia
-from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar,
-                       paired_bootstrap, parse_args, pass_at_k, read_records, summary, vote, wilson)
+from chat_server import Server
+from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar, opinion,
+                       paired_bootstrap, parse_args, pass_at_k, read_records, record_of, summary, vote, wilson)
+from reward import Judge
 from rollout import Sampling, Step, Trajectory
 from tasks import Task, builtin_tasks, export_gaia, read_gaia
 from tools import Call, UserError, load_tools, open_web
@@ -68,16 +70,30 @@ def rec(task, sample=0, official=False, answer="x", level="1", attachment="none"
 
 
 def test_summary_by_hand():
-    records = [rec("a", official=True), rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
+    records = [rec("a", official=True, llm=True), rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
                rec("c", official=True, level="2", attachment=".pdf"), rec("d", level="3", heuristic="unsure", llm=True)]
     s = summary(records, 1)
-    assert (s["accuracy"], s["n"], s["missing"], s["heuristic"], s["llm"]) == (0.5, 4, 1, 0.5, 0.75)
+    assert (s["accuracy"], s["n"], s["missing"], s["heuristic"], s["llm"]) == (0.5, 4, 1, 0.5, 0.5)
     assert s["agreement"] == {"unsure": 1, "official and heuristic": {"agree": 1.0, "n": 3},
-                              "official and llm": {"agree": 0.0, "n": 1}, "heuristic and llm": {"agree": None, "n": 0}}
+                              "official and llm": {"agree": 0.5, "n": 2}, "heuristic and llm": {"agree": 1.0, "n": 1}}
     assert {k: (v["accuracy"], v["n"]) for k, v in s["levels"].items()} == {"1": (1.0, 1), "2": (0.5, 2), "3": (0.0, 1)}
     assert {k: v["n"] for k, v in s["attachments"].items()} == {".csv": 1, ".pdf": 1, "none": 2}
     assert s["text_only"]["accuracy"] == 0.5 and s["text_only"]["n"] == 2 and "pass_at_k" not in s
     assert s["categories"] == {"right": 2, "step_limit": 1, "wrong": 1}
+
+
+def test_the_llm_is_an_opinion_on_every_answer_of_its_own():
+    task = Task("t", "Who?", "Charles Darwin")
+    answers = ["Charles Darwin", "Newton", "Darwin", None]
+    with Server(lambda messages: "VERDICT: INCORRECT" if "Newton" in messages[1]["content"] else "VERDICT: CORRECT") as server:
+        judge = Judge(server.url, "m")
+        found = [record_of(task, t, [], opinion(judge, task, t)) for t in (trajectory(answer=a) for a in answers)]
+        assert opinion(judge, task, trajectory("error", "Darwin")) is None and len(server.requests) == 3
+    assert [r["llm"] for r in found] == [True, False, True, None]
+    assert [r["heuristic"] for r in found] == ["right", "wrong", "unsure", "wrong"]
+    assert [r["official"] for r in found] == [True, False, False, False]
+    assert [r["category"] for r in found] == ["right", "wrong", "format_only", "no_code"]
+    assert opinion(Judge(), task, trajectory(answer="Darwin")) is None
 
 
 def test_samples_are_means_over_questions_and_never_mixed_up():
@@ -292,7 +308,7 @@ def test_choosing_questions(here):
     tasks = gaia(here / "GAIA", 24)
 
     def chosen(*flags):
-        return [t.id for t in choose_tasks(parse_args(["--gaia-dir", "GAIA", *flags]), "GAIA")[0]]
+        return [t.id for t in choose_tasks(parse_args(["--gaia-dir", "GAIA", *flags]), read_gaia("GAIA"))]
     assert chosen() == [t.id for t in tasks] and chosen("--limit", "5") == [t.id for t in tasks[:5]]
     assert chosen("--levels", "1", "3") == [t.id for t in tasks if t.level in "13"] != chosen()
     assert chosen("--text-only") == [t.id for t in tasks if not t.files] != chosen()

@@ -8,13 +8,13 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import requests
 from hypothesis import example, given, settings, strategies as st
 
+from chat_server import Server
 from reward import (LONGEST, SHOWN, Judge, clean, compute_reward, compute_rewards, gaia_score, heuristic_judge, neutral,
                     verdict_in)
 from tools import UserError
@@ -163,38 +163,6 @@ INJECTIONS = [    # answers to "What is the capital of Australia?"; the right on
 CAPITAL = ("What is the capital of Australia?", "Canberra")
 
 
-class Server:
-    """An OpenAI-compatible server of the test's own, on loopback: `reply(messages)` is a text or an HTTP status."""
-
-    def __init__(self, reply):
-        self.requests, outer = [], self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                outer.requests.append((self.path, dict(self.headers), body))
-                said = reply(body["messages"])
-                status, answer = (said, {}) if isinstance(said, int) else (200, {"choices": [{"message": {"content": said}}]})
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
-
-
 def candidate_in(messages):
     """What a judge model sees between the marks."""
     return re.search(r"Candidate <<(\w+)>>(.*)<</\1>>", messages[1]["content"], re.DOTALL)[2]
@@ -299,7 +267,7 @@ def test_verdicts_survive_in_the_cache_and_hold_no_key(tmp_path, monkeypatch):
     assert sqlite3.connect(file).execute("SELECT count(*) FROM answers").fetchone() == (1,)
 
 
-@pytest.mark.parametrize("spec, name", [("oracle", None), ("http://x/v1", None), ("local", None)])
+@pytest.mark.parametrize("spec, name", [("oracle", None), ("http://x/v1", None)])
 def test_bad_judges_are_named(spec, name):
     with pytest.raises(UserError):
         Judge(spec, name)

@@ -47,7 +47,7 @@ def test_the_builder_makes_the_kept_files(rebuilt):
 def test_the_builder_overwrites_nothing(rebuilt):
     before = (rebuilt / "model.safetensors").read_bytes()
     run = subprocess.run([sys.executable, ROOT / "tiny.py", "--out", rebuilt], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("tiny.py: ")
+    assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("error: ")
     assert (rebuilt / "model.safetensors").read_bytes() == before
 
 
