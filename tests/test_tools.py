@@ -132,12 +132,12 @@ def test_a_users_own_file(tmp_path):
 
 
 @pytest.mark.parametrize("problem, status, said", [
-    (None, 0, ""), (UserError("--x: no"), 2, "error: --x: no\n"), (KeyboardInterrupt(), 130, "\ninterrupted; go on\n")])
+    (None, 0, ""), (UserError("--x: no"), 2, "error: --x: no\n"), (KeyboardInterrupt("go on"), 130, "\ninterrupted: go on\n")])
 def test_command_lines_end_alike(capsys, problem, status, said):
     def command():
         if problem:
             raise problem
-    assert exit_status(command, "go on") == status and capsys.readouterr().err == said
+    assert exit_status(command) == status and capsys.readouterr().err == said
 
 
 # ------------------------------------------------------------------------------------------------ the test's own web
