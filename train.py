@@ -739,7 +739,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         torch.use_deterministic_algorithms(True, warn_only=True)
     data = read_jsonl(Path(cfg.data)) if cfg.data else None   # bad data is said before the model takes its minutes
     web = open_web(cfg.cache)
-    load_tools(cfg.tools, web)                                # so are bad tools
+    loaded = load_tools(cfg.tools, web)                       # so are bad tools
     if "web" in (cfg.tools or "").split(",") and rank == 0:
         print(preflight_table(web))
     if cfg.vram is not None:
@@ -755,7 +755,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     if cfg.groups % size:
         raise UserError(f"--groups {cfg.groups} cannot be shared by {size} processes")
     builtin = BUILTIN_TOOLS if not cfg.data or policy.preset.prompt == "short" else []    # the tiny model knows these
-    tools = load_tools(cfg.tools, web, builtin)
+    tools = load_tools(None, beside=builtin + loaded)         # no two of one name
     verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
     judge = Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts)
     run = Run(cfg, policy, make_optimizer(policy, cfg.lr), executor, judge, tools, *split_tasks(cfg, data),
