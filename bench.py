@@ -44,7 +44,7 @@ class Workload:
 
 
 WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048, (32, 64)),
-             ("w", True): Workload(2, 3, (10, 40), (20, 60), 200, 512, (4, 8)),
+             ("w", True): Workload(8, 2, (10, 40), (20, 60), 200, 512, (32, 64)),
              ("w2", False): Workload(1, 6, (50, 400), (100, 2000), 1500, 8192, (4, 8)),
              ("w2", True): Workload(1, 3, (20, 100), (50, 500), 400, 2048, (4, 8))}
 SMALL = Qwen2Config(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -392,8 +392,10 @@ def bench_executor(args) -> dict:
             steps = milliseconds(lambda: session.run("x = 1"), times)
             figures["loop_ms"] = float(np.median(milliseconds(lambda: session.run(code), 5)))
             calls = milliseconds(lambda: session.run("for i in range(100): same(i)"), 5)
-        figures |= {"session_start_p50_ms": float(np.median(starts)), "session_start_p99_ms": float(np.quantile(starts, 0.99)),
-                    "roundtrip_ms": float(np.median(steps)), "tool_call_ms": float(np.median(calls) - np.median(steps)) / 100}
+        figures |= {"session_start_p50_ms": float(np.median(starts)),
+                    "session_start_p99_ms": float(np.quantile(starts, 0.99)),
+                    "roundtrip_ms": float(np.median(steps)),
+                    "tool_call_ms": float(np.median(calls) - np.median(steps)) / 100}
 
         def trajectory(_):
             with executor.session() as session:

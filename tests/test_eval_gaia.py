@@ -71,7 +71,8 @@ def rec(task, sample=0, official=False, answer="x", level="1", attachment="none"
 
 def test_summary_by_hand():
     records = [rec("a", official=True, llm=True), rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
-               rec("c", official=True, level="2", attachment=".pdf"), rec("d", level="3", heuristic="unsure", llm=True)]
+               rec("c", official=True, level="2", attachment=".pdf"),
+               rec("d", level="3", heuristic="unsure", llm=True)]
     s = summary(records, 1)
     assert (s["accuracy"], s["n"], s["missing"], s["heuristic"], s["llm"]) == (0.5, 4, 1, 0.5, 0.5)
     assert s["agreement"] == {"unsure": 1, "official and heuristic": {"agree": 1.0, "n": 3},
@@ -85,7 +86,7 @@ def test_summary_by_hand():
 def test_the_llm_is_an_opinion_on_every_answer_of_its_own():
     task = Task("t", "Who?", "Charles Darwin")
     answers = ["Charles Darwin", "Newton", "Darwin", None]
-    with Server(lambda messages: "VERDICT: INCORRECT" if "Newton" in messages[1]["content"] else "VERDICT: CORRECT") as server:
+    with Server(lambda said: "VERDICT: " + ("IN" * ("Newton" in said[1]["content"])) + "CORRECT") as server:
         judge = Judge(server.url, "m")
         found = [record_of(task, t, [], opinion(judge, task, t)) for t in (trajectory(answer=a) for a in answers)]
         assert opinion(judge, task, trajectory("error", "Darwin")) is None and len(server.requests) == 3
