@@ -475,15 +475,15 @@ def plain(value):
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def send_frame(sock, frame: dict, dumps=json.dumps) -> None:
+def send_frame(sock, frame: dict, encode=json.JSONEncoder(allow_nan=False, default=plain).encode) -> None:
     """Sends nothing but raises TypeError, ValueError or RecursionError for what is not JSON, or too large."""
-    data = dumps(frame, allow_nan=False, default=plain).encode()
+    data = encode(frame).encode()
     if len(data) > MAX_FRAME:
         raise ValueError(f"{len(data):,} bytes are more than {MAX_FRAME:,}")
     sock.sendall(struct.pack(">I", len(data)) + data)
 
 
-def take_frame(inbox: bytearray, loads=json.loads) -> dict | None:
+def take_frame(inbox: bytearray, loads=json.JSONDecoder().decode) -> dict | None:
     """Take the first frame out of the inbox, None while incomplete. ValueError, RecursionError: no frame."""
     if len(inbox) < 4:
         return None
@@ -492,7 +492,7 @@ def take_frame(inbox: bytearray, loads=json.loads) -> dict | None:
         raise ValueError("too large")
     if len(inbox) < end:
         return None
-    frame = loads(bytes(inbox[4:end]))
+    frame = loads(inbox[4:end].decode())
     del inbox[:end]
     kinds = FRAMES.get(next(iter(frame), None)) if isinstance(frame, dict) else None
     if not kinds or frame.keys() != kinds.keys() or not all(isinstance(frame[k], kinds[k]) for k in kinds):
@@ -926,13 +926,14 @@ class Worker:
 
     def read(self, select=select.select) -> dict:
         """The next frame. An interrupt may end the waiting for it, but never splits it."""
+        ready = None
         while True:
             with masked():
+                if ready:
+                    self.inbox += self.wire.recv(1 << 16) or _exit(0)
                 if (frame := take_frame(self.inbox)) is not None:
                     return frame
-            select([self.wire], [], [])
-            with masked():
-                self.inbox += self.wire.recv(1 << 16) or _exit(0)
+            ready = select([self.wire], [], [])
 
 
 @contextmanager
