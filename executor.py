@@ -263,7 +263,7 @@ class Session(AbstractContextManager):
     def _rollback(self) -> str:
         """Kill the step and let the keeper take over; where there is none, start the session anew."""
         try:
-            self._order("rollback", keeper=self._keeper)
+            self._order(f"rollback {self._keeper:d}")
             if self._await("rolled"):
                 while self._poll.poll(0) and self._wire.recv(1 << 16):
                     pass                                # all writers are dead: this is stale
@@ -315,8 +315,8 @@ class Session(AbstractContextManager):
             os.close(self._out)
             self._ctl = None
 
-    def _order(self, order: str, **details) -> None:
-        self._ctl.send(json.dumps({"order": order} | details).encode())
+    def _order(self, order: str) -> None:
+        self._ctl.send(order.encode())
 
     def _news(self) -> dict:
         news = self._ctl.recv(1 << 16)
@@ -692,25 +692,26 @@ def supervise(ctl, wire, runner: int, setup: dict) -> None:
             continue
         if not (message := ctl.recv(1 << 16)):
             return
-        order = json.loads(message)
-        running = order["order"] in ("go", "interrupt")
-        if order["order"] == "rollback":
-            sweep(keep={order["keeper"]})
+        order, *keeper = message.decode().split()             # "rollback 123", else one word
+        running = order in ("go", "interrupt")
+        if order == "rollback":
+            keeper = int(keeper[0])
+            sweep(keep={keeper})
             if watched[-1] is not ctl:
                 waitpid(runner, 0)
                 os.close(watched.pop())
-            reap(keep=order["keeper"])
+            reap(keep=keeper)
             while select.select([wire], [], [], 0)[0] and wire.recv(1 << 16):
                 pass                                    # what the host had sent to the dead runner
-            runner = order["keeper"]
+            runner = keeper
             if alive := is_child(runner):
                 watched.append(os.pidfd_open(runner))
             ctl.send(json.dumps({"rolled": alive}).encode())
         elif watched[-1] is not ctl:
-            if order["order"] == "interrupt":
+            if order == "interrupt":
                 kill(runner, SIGINT)
-            kill(runner, signal.SIGSTOP if order["order"] == "settle" else SIGCONT)
-        if order["order"] == "settle":
+            kill(runner, signal.SIGSTOP if order == "settle" else SIGCONT)
+        if order == "settle":
             sweep(keep={runner})
             ctl.send(b'{"settled": true}')
             reap(keep=runner)
