@@ -220,10 +220,10 @@ class Session(AbstractContextManager):
                     raise Broken("crashed", "it closed the connection to the host")
                 self._inbox += chunk
                 continue
-            news = self._news()
-            if "over" in news:
-                raise Broken("killed", f"it had too {news['over']}")
-            raise Broken("crashed", f"its process died ({death(news['exit'])})")
+            kind, _, rest = self._news().partition(" ")
+            if kind == "over":
+                raise Broken("killed", f"it had too {rest}")
+            raise Broken("crashed", f"its process died ({death(int(rest))})")
 
     def _call(self, frame: dict, result: StepResult) -> None:
         """Run one tool in a thread of its own, until the step's time is up, and without holding a slot."""
@@ -264,7 +264,7 @@ class Session(AbstractContextManager):
         """Kill the step and let the keeper take over; where there is none, start the session anew."""
         try:
             self._order(f"rollback {self._keeper:d}")
-            if self._await("rolled"):
+            if self._await("rolled") == "True":
                 while self._poll.poll(0) and self._wire.recv(1 << 16):
                     pass                                # all writers are dead: this is stale
                 self._inbox.clear()
@@ -300,13 +300,13 @@ class Session(AbstractContextManager):
             self._poll.register(self._wire, select.POLLIN)
             news = self._news()
         except (OSError, SandboxError) as error:
-            news = {"failed": str(error)}
+            news = str(error)
         finally:
             for fd in attachments:
                 os.close(fd)
-        if "ready" not in news:
+        if news != "ready":
             self._stop()
-            raise SessionLost(f"a session could not start: {news['failed']}")
+            raise SessionLost(f"a session could not start: {news}")
 
     def _stop(self) -> None:
         if self._ctl is not None:
@@ -318,17 +318,17 @@ class Session(AbstractContextManager):
     def _order(self, order: str) -> None:
         self._ctl.send(order.encode())
 
-    def _news(self) -> dict:
+    def _news(self) -> str:
         news = self._ctl.recv(1 << 16)
         if not news:
             raise ConnectionError("the session's supervisor is gone")
-        return json.loads(news)
+        return news.decode()
 
-    def _await(self, key: str):
-        """The answer to an order; news of a death may come before it."""
-        while key not in (news := self._news()):
+    def _await(self, word: str) -> str:
+        """What follows `word` in the answer to an order; news of a death may come before it."""
+        while not (news := self._news()).startswith(word):
             pass
-        return news[key]
+        return news[len(word) + 1:]
 
     def _output(self) -> str:
         """What the step wrote, or its first and last part: the host reads little, however much it is."""
@@ -581,7 +581,7 @@ def zygote(base: str | None) -> None:
                 session(ctl, wire, fds[2], fds[3:], json.loads(message), isolated=base is None)
             except BaseException as error:
                 try:
-                    ctl.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
+                    ctl.send(f"{type(error).__name__}: {error}".encode())
                 except OSError:
                     pass                                # the host does not listen any more
             finally:
@@ -617,7 +617,7 @@ def session(ctl, wire, out: int, attachments: list[int], setup: dict, isolated: 
         Worker(wire, out, setup).loop()
     os.close(out)
     try:
-        ctl.send(b'{"ready": true}')
+        ctl.send(b"ready")
         supervise(ctl, wire, runner, setup)
     finally:                                            # the host has closed ctl, with news unread or not
         sweep(keep=set())
@@ -682,12 +682,12 @@ def supervise(ctl, wire, runner: int, setup: dict) -> None:
         ready = select.select(watched, [], [], 0.1 if running else None)[0]
         if watched[-1] is not ctl and watched[-1] in ready:
             os.close(watched.pop())
-            ctl.send(json.dumps({"exit": waitpid(runner, 0)[1]}).encode())
+            ctl.send(f"exit {waitpid(runner, 0)[1]}".encode())
         if running and not ready:
             reap(keep=runner)
             if over := overuse(setup):
                 running = False
-                ctl.send(json.dumps({"over": over}).encode())
+                ctl.send(f"over {over}".encode())
         if ctl not in ready:
             continue
         if not (message := ctl.recv(1 << 16)):
@@ -706,14 +706,14 @@ def supervise(ctl, wire, runner: int, setup: dict) -> None:
             runner = keeper
             if alive := is_child(runner):
                 watched.append(os.pidfd_open(runner))
-            ctl.send(json.dumps({"rolled": alive}).encode())
+            ctl.send(f"rolled {alive}".encode())
         elif watched[-1] is not ctl:
             if order == "interrupt":
                 kill(runner, SIGINT)
             kill(runner, signal.SIGSTOP if order == "settle" else SIGCONT)
         if order == "settle":
             sweep(keep={runner})
-            ctl.send(b'{"settled": true}')
+            ctl.send(b"settled")
             reap(keep=runner)
 
 
