@@ -159,7 +159,7 @@ def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
 def line_of(task: Task, folder: Path) -> str:
     files = [os.path.relpath(file, folder) for file in task.files.values()]
     return json.dumps({"id": task.id, "question": task.question, "answer": task.answer, "files": files,
-                       "level": task.level, "family": task.family}, ensure_ascii=False) + "\n"
+                       "level": task.level, "family": task.family}) + "\n"
 
 
 def is_ours(file: Path) -> bool:

@@ -128,7 +128,8 @@ class Chat:
         if not special.intersection(self.turn[:1]):     # plain text would end turns, and tools could write it
             raise UserError("the chat template does not end a turn with a special token")
         self.turn_end = self.turn[0]                # <|im_end|>: forced where the turn ended at the fence
-        self.stops = {self.turn_end, tokenizer.eos_token_id} - {None}
+        # Qwen's Instruct models may also end with <|endoftext|>, which is their padding token
+        self.stops = {self.turn_end, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         text = text.encode("utf-8", "replace").decode()     # code may print half a surrogate pair
@@ -142,8 +143,10 @@ class Chat:
         ids = self.encode(text)
         if len(ids) <= limit:
             return ids
-        note = self.encode(f"\n[... {len(ids) - limit} tokens left out ...]\n")[:limit]
-        keep = limit - len(note)
+        keep = limit
+        for _ in range(3):              # the note takes room itself, and its number may grow by a digit
+            note = self.encode(f"\n[... {len(ids) - keep} tokens left out ...]\n")[:limit]
+            keep = limit - len(note)
         return ids[:keep - keep // 2] + note + ids[len(ids) - keep // 2:]
 
     def between(self, observation: list[int], last: int) -> list[int]:
@@ -570,6 +573,8 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     wrong in one trajectory ends that one, with stop_reason "error".
     """
     model, context, done = policy.model, sampling.context_tokens, {}
+    if context > (positions := model.config.max_position_embeddings):
+        raise UserError(f"--context-tokens {context}: the model has positions for {positions} tokens")
     episodes = make_episodes(policy, tasks, executor, tools, sampling, samples, seed)
     waiting, ended = [e for e in episodes if len(e.prompt) < context], []
     for episode in episodes:

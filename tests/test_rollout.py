@@ -6,6 +6,7 @@ end to end), and the built-in tiny model with the real executor.
 import dataclasses
 import itertools
 import os
+import re
 import signal
 import threading
 import time
@@ -423,8 +424,15 @@ def test_what_tools_and_questions_contain_stays_text_and_is_cut_in_the_middle():
     long = "".join(f"{i} " for i in range(1000))
     for limit in (0, 7, 64, 200):
         assert len(chat.observation(long, limit)) == limit
-    text = TOKENIZER.decode(chat.observation(long, 200))
-    assert text.startswith("0 1 2 ") and text.endswith("998 999 ") and "tokens left out" in text
+    for limit in (60, 64, 200):
+        text = TOKENIZER.decode(chat.observation(long, limit))
+        assert text.startswith("0 1 2 ") and text.endswith("998 999 ")
+        head, left_out, tail = re.split(r"\n\[\.\.\. (\d+) tokens left out \.\.\.\]\n", text)
+        assert int(left_out) == len(chat.encode(long)) - len(chat.encode(head)) - len(chat.encode(tail))
+
+
+def test_a_turn_ends_with_either_of_qwens_two_tokens():
+    assert Chat(TOKENIZER).stops == set(TOKENIZER.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
 
 
 def test_prompts_say_what_there_is():
@@ -450,6 +458,11 @@ def test_a_template_that_forgets_gets_its_glue_all_the_same_and_one_that_rewrite
                    SYSTEM_LAST, QWEN.replace("<|im_end|>", ""), "{% for m in messages %}{{ m.content }}{% endfor %}"):
         with pytest.raises(UserError, match="template"):
             Chat(make_tokenizer(broken))
+
+
+def test_more_context_than_the_model_has_positions_is_refused(tiny):
+    with pytest.raises(UserError, match="--context-tokens 4096: the model has positions for 1024"):
+        rollout(tiny, [], None, [], Sampling(context_tokens=4096), 1, 0)
 
 
 def test_trajectories_survive_json(tiny, executor):
