@@ -94,17 +94,12 @@ def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, lo
     return next((name for name, applies in ways if applies), "no_answer")
 
 
-def opinion(judge: Judge, task: Task, t: Trajectory) -> bool | None:
-    """The LLM's, of every answer: in training it decides only where the heuristic is unsure, here it stands beside."""
-    if judge.spec == "heuristic" or t.stop_reason == "error" or t.answer is None:
-        return None
-    return judge.ask(task.question, task.answer, t.answer)
-
-
-def record_of(task: Task, t: Trajectory, calls: list[Call], llm: bool | None) -> dict:
-    """One line of trajectories.jsonl. llm: the LLM's verdict, None if it was not asked or gave none."""
+def record_of(task: Task, t: Trajectory, calls: list[Call], judge: Judge) -> dict:
+    """One line of trajectories.jsonl. The LLM is asked about every answer: in training it decides where the heuristic
+    is unsure, here it stands beside."""
     answer = None if t.stop_reason == "error" else t.answer    # of a broken host, whatever it left behind
     rule = heuristic_judge(task.question, task.answer, answer)
+    llm = None if answer is None or judge.spec == "heuristic" else judge.ask(task.question, task.answer, answer)
     official = gaia_score(answer, task.answer) and task.answer != HIDDEN
     return {
         "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
@@ -170,10 +165,9 @@ def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int
     run.log.clear()
     groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
     pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
-    with ThreadPoolExecutor(8) as pool:
-        opinions = pool.map(lambda pair: opinion(run.judge, *pair), pairs)
-        return [record_of(task, t, [c for c in run.log if c.question == task.question], llm)
-                for (task, t), llm in zip(pairs, opinions)]
+    calls = [[c for c in run.log if c.question == task.question] for task in tasks]
+    with ThreadPoolExecutor(8) as pool:                         # a judge at a URL is asked several at a time
+        return list(pool.map(lambda pair, called: record_of(*pair, called, run.judge), pairs, calls))
 
 
 def read_records(file: Path, cut: bool = False) -> list[dict]:

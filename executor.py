@@ -580,11 +580,8 @@ def zygote(base: str | None) -> None:
             try:
                 session(ctl, wire, fds[2], fds[3:], json.loads(message), isolated=base is None)
             except BaseException as error:
-                try:
-                    ctl.send(f"{type(error).__name__}: {error}".encode())
-                except OSError:
-                    pass                                # the host does not listen any more
-            finally:
+                ctl.send(f"{type(error).__name__}: {error}".encode())
+            finally:                                    # also where the host does not listen any more
                 _exit(1)
         for fd in fds:
             os.close(fd)

@@ -165,16 +165,16 @@ class Chat:
         return watch
 
 
-def build_prompt(tokenizer, task, tools: list, style: str) -> list[int]:
+def build_prompt(chat: Chat, task, tools: list, style: str) -> list[int]:
     """Token ids up to where the policy begins to write. style: "short" (for the tiny model) or "full"."""
     files = ", ".join(task.files)
     if style == "short":
-        return Chat(tokenizer).prompt(SHORT, task.question + (f"\nFiles: {files}" if files else ""))
+        return chat.prompt(SHORT, task.question + (f"\nFiles: {files}" if files else ""))
     if style != "full":
         raise UserError(f"the prompt style is short or full, not {style!r}")
     documented = f"\nThe code may call these functions:\n{prompt_text(tools)}\n" if tools else ""
     attached = f"\n\nAttached files, in the working directory: {files}" if files else ""
-    return Chat(tokenizer).prompt(FULL + documented, task.question + attached)
+    return chat.prompt(FULL + documented, task.question + attached)
 
 
 @dataclass(eq=False)
@@ -556,10 +556,9 @@ def fitting_slots(model, context: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------- the call
-def make_episodes(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int,
+def make_episodes(chat: Chat, style: str, tasks: list, executor, tools: list, sampling: Sampling, samples: int,
                   seed: int) -> list[Episode]:
-    chat = Chat(policy.tokenizer)
-    prompts = [build_prompt(policy.tokenizer, task, tools, policy.preset.prompt) for task in tasks]
+    prompts = [build_prompt(chat, task, tools, style) for task in tasks]
     return [Episode(task, i, seed, group, prompts[group], chat, executor, tools, sampling)
             for group, task in enumerate(tasks) for i in range(samples)]
 
@@ -575,7 +574,8 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     model, context, done = policy.model, sampling.context_tokens, {}
     if context > (positions := model.config.max_position_embeddings):
         raise UserError(f"--context-tokens {context}: the model has positions for {positions} tokens")
-    episodes = make_episodes(policy, tasks, executor, tools, sampling, samples, seed)
+    chat = Chat(policy.tokenizer)       # once: it renders the template and reads the whole vocabulary
+    episodes = make_episodes(chat, policy.preset.prompt, tasks, executor, tools, sampling, samples, seed)
     waiting, ended = [e for e in episodes if len(e.prompt) < context], []
     for episode in episodes:
         if (n := len(episode.prompt)) >= context:
@@ -583,7 +583,7 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
             ended.append((episode, episode.prompt, [0] * n, [0.0] * n, 0.0))
     with sampling_mode(model, sampling.deterministic):
         slots = max(1, min(sampling.slots or fitting_slots(model, context), len(waiting)))
-        watch = Chat(policy.tokenizer).watched(model.config.vocab_size)
+        watch = chat.watched(model.config.vocab_size)
         engine = Engine(model, slots, context, sampling.temperature, watch, sampling.deterministic)
         for episode, *columns in itertools.chain(ended, engine.run(waiting)):
             done[episode] = episode.trajectory(*columns)

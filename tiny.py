@@ -85,7 +85,7 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
     """Ids and mask (1 = the policy's) of a demonstration on a new training task. way: 0 (right), 1 or 2."""
     drawn, answers = draw(family, "train", rng), []
     task = Task("", drawn.question, str(drawn.answer), drawn.files)
-    ids = list(build_prompt(chat.tokenizer, task, BUILTIN_TOOLS, TINY.prompt))
+    ids = list(build_prompt(chat, task, BUILTIN_TOOLS, TINY.prompt))
     mask = [0] * len(ids)
     slots = drawn.slots | {"guess": rng.randrange(100, 1000)}
     space = {tool.name: tool.function for tool in BUILTIN_TOOLS}

@@ -14,7 +14,7 @@ import pytest
 
 import eval_gaia
 from chat_server import Server
-from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar, opinion,
+from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar,
                        paired_bootstrap, parse_args, pass_at_k, read_records, record_of, summary, vote, wilson)
 from reward import Judge
 from rollout import Sampling, Step, Trajectory
@@ -88,13 +88,13 @@ def test_the_llm_is_an_opinion_on_every_answer_of_its_own():
     answers = ["Charles Darwin", "Newton", "Darwin", None]
     with Server(lambda said: "VERDICT: " + ("IN" * ("Newton" in said[1]["content"])) + "CORRECT") as server:
         judge = Judge(server.url, "m")
-        found = [record_of(task, t, [], opinion(judge, task, t)) for t in (trajectory(answer=a) for a in answers)]
-        assert opinion(judge, task, trajectory("error", "Darwin")) is None and len(server.requests) == 3
+        found = [record_of(task, trajectory(answer=a), [], judge) for a in answers]
+        assert record_of(task, trajectory("error", "Darwin"), [], judge)["llm"] is None and len(server.requests) == 3
     assert [r["llm"] for r in found] == [True, False, True, None]
     assert [r["heuristic"] for r in found] == ["right", "wrong", "unsure", "wrong"]
     assert [r["official"] for r in found] == [True, False, False, False]
     assert [r["category"] for r in found] == ["right", "wrong", "format_only", "no_code"]
-    assert opinion(Judge(), task, trajectory(answer="Darwin")) is None
+    assert record_of(task, trajectory(answer="Darwin"), [], Judge())["llm"] is None
 
 
 def test_samples_are_means_over_questions_and_never_mixed_up():
