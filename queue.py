@@ -1,4 +1,4 @@
-"""The dynamic sample queue: good groups are kept and used again, so that fewer costly online samples are needed.
+"""The dynamic sample queue: good groups are kept and used again in later updates.
 
 Read in this order: `SampleQueue.admit` (what enters), `priority` (what is drawn, and what is thrown out first),
 `sample`, `drop_stale`.
@@ -16,6 +16,8 @@ Two things to know before reading:
 2. **The rule is ours.** Tool-R1 (arXiv 2509.12867) keeps high-quality trajectories in a queue and replays them, but
    its exact rule is not known to us. Ours: whole groups, each with the advantages of its own group (an advantage
    means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses).
+
+The paper says that the queue saves costly online samples. No study here has shown that for this rule yet.
 """
 import sys
 import sysconfig

@@ -307,7 +307,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, batch=None, 
         rows = query[:, :, a:b].flatten(1, 2)[None]                                     # (1, Hkv, G * T, D)
         rows = scaled_dot_product_attention(
             rows, keys[None, slot, :, :span], values[None, slot, :, :span], attn_mask=mask, scale=scaling)
-        out[a:b] = rows.view(heads, b - a, size).transpose(0, 1)                        # (T, H, D)
+        # reshape, not view: the memory-efficient kernel of consumer GPUs lays its output out as (1, G * T, Hkv, D)
+        out[a:b] = rows.reshape(heads, b - a, size).transpose(0, 1)                     # (T, H, D)
     return out[None], None
 
 

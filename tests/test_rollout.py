@@ -289,6 +289,18 @@ def test_long_prompts_are_forwarded_in_chunks_beside_decoding_slots():
     assert 700 > Engine.CHUNK and all(largest_difference(model, *c[:3]) < 1e-4 for c in out.values())
 
 
+def test_a_chunk_survives_the_output_layout_of_the_memory_efficient_kernel(monkeypatch):
+    """On consumer GPUs masked attention returns (B, M, H, D).transpose(1, 2), which no view can merge."""
+    def as_on_a_gpu(query, key, value, **options):
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(room, "scaled_dot_product_attention", as_on_a_gpu)
+    model = make_model()
+    _, out = run_engine(model, scripted(WORK, VOCABULARY), 5)
+    monkeypatch.undo()
+    assert all(largest_difference(model, *columns[:3]) < 1e-4 for columns in out.values())
+
+
 def test_blocks_cover_each_slot_once_and_spare_short_rows_the_long_ones_span():
     engine = Engine(make_model(), 16, 512, 1.0, np.zeros(VOCABULARY, bool))
     engine.call_cost = 100
