@@ -35,9 +35,9 @@ from policy import Policy, load_policy
 from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
-from tools import (NEEDS, Call, OneLineParser, Tool, UserError, exit_status, load_tools, open_web,
-                   preflight_table, prompt_text)
-from web import Web
+from machinery.cli import OneLineParser, UserError, exit_status
+from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text
+from machinery.web import Web
 
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions of GAIA's validation split, by level
 ACCESS = "https://huggingface.co/datasets/gaia-benchmark/GAIA"

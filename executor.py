@@ -57,7 +57,7 @@ from pathlib import Path, PurePosixPath
 from signal import SIG_BLOCK, SIG_SETMASK, SIG_UNBLOCK, SIGCONT, SIGINT, pthread_sigmask, sigwait
 from traceback import TracebackException
 
-from tools import UserError
+from machinery.cli import UserError
 
 MAX_FRAME, MAX_ANSWER = 8 << 20, 10_000         # bytes of a frame, characters kept of an answer
 UNPRIVILEGED = 65534                            # the uid that a root trainer drops to before anything else
@@ -511,9 +511,10 @@ def cut(text: str, limit: int) -> str:
 # --- inside: launch (as root only), zygote and supervisor. Trusted: they never run model code ---
 
 # The sandbox's Python gets this file as its first message on fd 0, and calls the function its argument names.
-BOOT = ("import json, os, sys, types; sys.modules['tools'] = types.SimpleNamespace(UserError=Exception); "
+BOOT = ("import json, os, sys, types; cli = types.SimpleNamespace(UserError=Exception); "
+        "sys.modules |= {'machinery': cli, 'machinery.cli': cli}; "
         "m = sys.modules['executor'] = types.ModuleType('executor'); exec(os.read(0, 1 << 18), vars(m)); "
-        "del sys.modules['tools']; name, *args = json.loads(sys.argv[1]); getattr(m, name)(*args)")
+        "del sys.modules['machinery'], sys.modules['machinery.cli']; name, *args = json.loads(sys.argv[1]); getattr(m, name)(*args)")
 PRELOAD = ("collections", "csv", "datetime", "decimal", "fractions", "heapq", "itertools", "math",
            "multiprocessing", "random", "re", "statistics", "string", "numpy")
 libc = ctypes.CDLL(None, use_errno=True)

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from policy import Policy
 from reward import Reward
 from rollout import Trajectory
-from tools import UserError
+from machinery.cli import UserError
 
 Batch = Sequence[tuple[Trajectory, float]]      # trajectories and their advantages
 

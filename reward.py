@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fractions import Fraction
 
-from tools import UserError
-from web import Cache, WebError, chat
+from machinery.cli import UserError
+from machinery.web import Cache, WebError, chat
 
 
 # ---------------------------------------------------------------------------------------- the official scorer

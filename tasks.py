@@ -31,7 +31,8 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
 
-from tools import ToolError, UserError, tool
+from machinery.cli import UserError
+from tools import ToolError, tool
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from the sandbox is checked against the type hints before the function sees it. 
 and never raise into a rollout: what goes wrong is returned as `ERROR[kind]: ...`, for the model to read. How
 they reach the web, and what they may not reach, is in web.py.
 """
-import argparse
 import base64
 import builtins
 import hashlib
@@ -22,7 +21,6 @@ import re
 import runpy
 import sqlite3
 import stat
-import sys
 import threading
 import time
 import types
@@ -34,31 +32,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote, urljoin, urlsplit
 
-from web import AGENT, Cache, Web, WebError, bearer, benchmark_site, chat, holds_benchmark, to_text
-
-
-class UserError(Exception):
-    """Bad input from the user: the command lines print its text in one line and exit with status 2."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A command line whose errors are UserErrors."""
-
-    def error(self, message):
-        raise UserError(f"{message} (python {self.prog} --help lists the flags)")
-
-
-def exit_status(command: Callable[[], None]) -> int:
-    """Run a command line: 0 done, 2 bad input, 130 interrupted, both said in one line."""
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:                  # its text, if it has one, says how to go on
-        print(": ".join(["\ninterrupted", *map(str, interrupt.args)]), file=sys.stderr)
-        return 130
-    return 0
+from machinery.cli import UserError
+from machinery.web import AGENT, Cache, Web, WebError, bearer, benchmark_site, chat, holds_benchmark, to_text
 
 
 class ToolError(Exception):

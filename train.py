@@ -43,14 +43,16 @@ from tqdm import tqdm
 
 import queue
 from executor import Executor
-from policy import Policy, load_policy, plan_memory, save_adapter    # before peft: it quiets peft's import
+from machinery.memory import plan_memory
+from policy import Policy, load_policy, save_adapter
 from grpo import GRPOConfig, group_advantages, make_optimizer, update as grpo_update, warnings_for, world
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from reward import Judge, Reward, check_judge, compute_rewards
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, read_jsonl
-from tools import OneLineParser, UserError, exit_status, load_tools, open_web, preflight_table
-from web import Cache
+from machinery.cli import OneLineParser, UserError, exit_status
+from tools import load_tools, open_web, preflight_table
+from machinery.web import Cache
 
 
 def import_sample_queue():

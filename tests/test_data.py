@@ -1,15 +1,16 @@
 """data.py and the GAIA reader of tasks.py: what is kept of published data, and what is dropped, by hand-made files."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import data
-from data import overlap, pair_of, read_mat
+from scripts import data
+from scripts.data import overlap, pair_of, read_mat
 from tasks import Task, read_gaia, read_jsonl
-from tools import UserError
+from machinery.cli import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,8 +158,8 @@ def test_the_one_command(tmp_path):
     (tmp_path / "mat.json").write_text(json.dumps(records))
 
     def run(out, *flags):
-        return subprocess.run([sys.executable, ROOT / "data.py", "mat.json", "--files", "files", "--out", out, *flags],
-                              cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "scripts.data", "mat.json", "--files", "files", "--out", out, *flags],
+                              cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     done = run("train.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap")
     assert done.returncode == 0, done.stderr
     assert "21 records read, 6 kept" in done.stdout and "1 share something with GAIA, removed" in done.stdout

@@ -19,7 +19,8 @@ from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, 
 from reward import Judge
 from rollout import Sampling, Step, Trajectory
 from tasks import Task, builtin_tasks, export_gaia, read_gaia
-from tools import Call, UserError, load_tools, open_web
+from machinery.cli import UserError
+from tools import Call, load_tools, open_web
 
 ROOT = Path(__file__).parent.parent
 

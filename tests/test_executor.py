@@ -17,7 +17,8 @@ import pytest
 
 import executor as module
 from executor import Executor, Limits, SandboxError, StepResult
-from tools import ToolError, UserError
+from machinery.cli import UserError
+from tools import ToolError
 
 LIMITS = Limits(8.0, 0.8, memory_mb=256, output_chars=2000, tool_calls=5, disk_mb=16, processes=24)
 

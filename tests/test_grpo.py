@@ -17,7 +17,7 @@ from policy import load_policy
 from reward import Reward
 from rollout import Trajectory
 from test_policy import make_model, stir
-from tools import UserError
+from machinery.cli import UserError
 
 LOSSES = ("dapo", "grpo", "dr_grpo")
 

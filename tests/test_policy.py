@@ -15,10 +15,9 @@ from transformers import (
 
 import policy as policy_module
 from meter import LiveBytes
-from policy import (
-    load_policy, memory, model_config, parameter_counts, plan_memory, preset_for, resolve_model, save_adapter,
-)  # fmt: skip
-from tools import UserError
+from machinery.memory import memory, plan_memory
+from policy import load_policy, model_config, parameter_counts, preset_for, resolve_model, save_adapter  # fmt: skip
+from machinery.cli import UserError
 
 
 def make_model(folder: Path, vocabulary=300, tied=True, seed=0) -> Path:

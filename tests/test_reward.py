@@ -17,8 +17,8 @@ from hypothesis import example, given, settings, strategies as st
 from chat_server import Server
 from reward import (LONGEST, SHOWN, Judge, clean, compute_reward, compute_rewards, gaia_score, heuristic_judge, neutral,
                     verdict_in)
-from tools import UserError
-from web import Cache
+from machinery.cli import UserError
+from machinery.web import Cache
 
 HERE = Path(__file__).parent
 

@@ -23,15 +23,18 @@ from transformers import (
 )
 
 import rollout as room
-from bench import Scripted, Workload, scripted
+from machinery import engine as engine_module
+from machinery.engine import Engine, sampling_mode
+from scripts.bench import Scripted, Workload, scripted
 from executor import Executor, Limits
 from oracle import oracle
 from policy import load_policy
 from rollout import (
-    CODE, Chat, Engine, Episode, Sampling, Trajectory, build_prompt, make_episodes, rollout, sampling_mode,
+    CODE, Chat, Episode, Sampling, Trajectory, build_prompt, make_episodes, rollout,
 )
 from tasks import BUILTIN_TOOLS, Task, builtin_tasks
-from tools import ToolContext, UserError, tool
+from machinery.cli import UserError
+from tools import ToolContext, tool
 
 QWEN = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -105,7 +108,7 @@ def as_policy(model, tokenizer=TOKENIZER, style="short"):
 def run_engine(model, episodes, slots, context=512, temperature=1.0, deterministic=False):
     with sampling_mode(model, deterministic):
         never = np.zeros(model.config.vocab_size, bool)
-        engine = Engine(model, slots, context, temperature, never, deterministic)
+        engine = Engine(model, slots, context, temperature, never, room.sample_tokens, deterministic)
         out = {(e.group, *e.seed): columns for e, *columns in engine.run(episodes)}
     return engine, out
 
@@ -184,14 +187,14 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
     n = 20_000
     even = (torch.arange(n, dtype=torch.float64) + 0.5) / n         # an even grid: exact but for 1 / n
     for temperature in (1.0, 0.7):
-        ids, logps = room.sample(logits.expand(n, -1), temperature, even)
+        ids, logps = room.sample_tokens(logits.expand(n, -1), temperature, even)
         p = torch.softmax(logits[0] / temperature, -1)
         assert (torch.bincount(ids, minlength=50) / n - p).abs().max() < 1.5 / n + 1e-6
         assert torch.allclose(logps, p.log()[ids], atol=1e-5) and logps.dtype == torch.float32
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    ids, logps = room.sample(torch.tensor([[-200.0, 0.0, 0.0, -200.0]] * 2), 1.0, edges)
+    ids, logps = room.sample_tokens(torch.tensor([[-200.0, 0.0, 0.0, -200.0]] * 2), 1.0, edges)
     assert ids.tolist() == [1, 2] and logps.exp().min() > 0.49
-    ids, logps = room.sample(logits, 0, even[:1])
+    ids, logps = room.sample_tokens(logits, 0, even[:1])
     assert ids.item() == logits.argmax() and torch.allclose(logps, torch.log_softmax(logits, -1).max())
 
 
@@ -274,7 +277,7 @@ def test_slots_decode_while_another_waits_for_its_tool():
     for episode in episodes[1:]:
         episode.lengths, episode.observations = [400], [[]]
     with sampling_mode(model, False):
-        engine = Engine(model, 8, 512, 1.0, np.zeros(VOCABULARY, bool))
+        engine = Engine(model, 8, 512, 1.0, np.zeros(VOCABULARY, bool), room.sample_tokens)
         out = list(engine.run(episodes))
     assert len(out) == 8 and meanwhile[0] > 5
     episodes = scripted(WORK, VOCABULARY, latency=(0.05, 0.05))[:1]
@@ -294,7 +297,7 @@ def test_a_chunk_survives_the_output_layout_of_the_memory_efficient_kernel(monke
     def as_on_a_gpu(query, key, value, **options):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
-    monkeypatch.setattr(room, "scaled_dot_product_attention", as_on_a_gpu)
+    monkeypatch.setattr(engine_module, "scaled_dot_product_attention", as_on_a_gpu)
     model = make_model()
     _, out = run_engine(model, scripted(WORK, VOCABULARY), 5)
     monkeypatch.undo()
@@ -302,7 +305,7 @@ def test_a_chunk_survives_the_output_layout_of_the_memory_efficient_kernel(monke
 
 
 def test_blocks_cover_each_slot_once_and_spare_short_rows_the_long_ones_span():
-    engine = Engine(make_model(), 16, 512, 1.0, np.zeros(VOCABULARY, bool))
+    engine = Engine(make_model(), 16, 512, 1.0, np.zeros(VOCABULARY, bool), room.sample_tokens)
     engine.call_cost = 100
     engine.done[:] = [10, 20, 15, 500, 490, 12, 30, 28, 0, 0, 9, 300, 310, 305, 11, 10]
     rows = np.array([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15])
@@ -570,8 +573,8 @@ def test_progress_and_order(tiny, executor):
 
 def test_slots_fit_into_memory(monkeypatch):
     model = make_model()
-    assert room.fitting_slots(model, 512) == 128
-    assert room.fitting_slots(model, 10**9) == 1
+    assert engine_module.fitting_slots(model, 512) == 128
+    assert engine_module.fitting_slots(model, 10**9) == 1
     big = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, num_attention_heads=28,
                           hidden_size=3584, head_dim=128, vocab_size=152064)
     weight = SimpleNamespace(element_size=lambda: 2, device=torch.device("cuda"))
@@ -579,4 +582,4 @@ def test_slots_fit_into_memory(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (17e9, 24e9))
     shape = SimpleNamespace(config=big, get_input_embeddings=lambda: SimpleNamespace(weight=weight))
-    assert 25 <= room.fitting_slots(shape, 8192) <= 30              # 56 KiB a token, 448 MiB a slot
+    assert 25 <= engine_module.fitting_slots(shape, 8192) <= 30              # 56 KiB a token, 448 MiB a slot

@@ -9,7 +9,8 @@ import pytest
 
 from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, TOWN, Task, builtin_tasks, export_gaia, fact, read_gaia,
                    read_jsonl, side)
-from tools import ToolContext, ToolError, UserError, prompt_text
+from machinery.cli import UserError
+from tools import ToolContext, ToolError, prompt_text
 
 lookup, search, convert = (tool.bind(ToolContext()) for tool in BUILTIN_TOOLS)
 NAMES = re.compile(rf"\b(?:{PERSON.pattern}|{TOWN.pattern})\b")

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-import tiny
+from scripts import tiny
 from executor import Executor
 from policy import TINY, TINY_DIR, load_policy
 from rollout import Chat, Sampling, rollout
@@ -29,8 +29,8 @@ def chat():
 def rebuilt(tmp_path_factory):
     """The builder itself, for two steps of each kind."""
     out = tmp_path_factory.mktemp("built") / "tiny"
-    command = [sys.executable, ROOT / "tiny.py", "--out", out, "--copy-steps", "2", "--steps", "2"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, "-m", "scripts.tiny", "--out", out, "--copy-steps", "2", "--steps", "2"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     return out
 
 
@@ -46,7 +46,7 @@ def test_the_builder_makes_the_kept_files(rebuilt):
 
 def test_the_builder_overwrites_nothing(rebuilt):
     before = (rebuilt / "model.safetensors").read_bytes()
-    run = subprocess.run([sys.executable, ROOT / "tiny.py", "--out", rebuilt], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "scripts.tiny", "--out", rebuilt], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("error: ")
     assert (rebuilt / "model.safetensors").read_bytes() == before
 

@@ -16,10 +16,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import tools
-import web
-from tools import (Tool, ToolContext, ToolError, UserError, exit_status, load_tools, open_web, preflight, prompt_text,
-                   tool, visit)
-from web import Cache, Web, WebError, check_address, holds_benchmark, to_text
+from machinery import web
+from machinery.cli import UserError, exit_status
+from tools import Tool, ToolContext, ToolError, load_tools, open_web, preflight, prompt_text, tool, visit
+from machinery.web import Cache, Web, WebError, check_address, holds_benchmark, to_text
 
 for package in ("markitdown", "pypdf", "openpyxl"):
     pytest.importorskip(package, reason="pip install -r requirements-gaia.txt")

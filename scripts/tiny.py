@@ -1,6 +1,6 @@
 """The built-in tiny model: half a million parameters that write valid code and are mostly wrong.
 
-    python tiny.py --out tiny --seed 0        # what made ./tiny; about nine minutes on one core
+    python -m scripts.tiny --out tiny --seed 0        # what made ./tiny; about nine minutes on one core
 
 Owns the recipe of ./tiny: its tokenizer, copy pretraining, and a warm start by supervised learning on
 demonstrations that are imperfect on purpose, so that reinforcement learning has something to find.
@@ -16,9 +16,14 @@ Reading order: DEMOS -> demonstrate -> build_tokenizer, build_model -> the two k
 * Every demonstration has fresh names of the training side of the world: a small pool is learned by heart.
   Copying is the slow skill, so it is begun before, on random tokens.
 """
+import sys
+
+if __package__ != "scripts":
+    print("error: start this from the repository's folder as: python -m scripts.tiny", file=sys.stderr)
+    sys.exit(2)
+
 import io
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +37,7 @@ from executor import StepResult
 from policy import TINY
 from rollout import Chat, build_prompt
 from tasks import BUILTIN_TOOLS, Task, draw
-from tools import OneLineParser, UserError, exit_status
+from machinery.cli import OneLineParser, UserError, exit_status
 
 VOCABULARY = 768
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -188,7 +193,7 @@ def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0,
 
 
 def main() -> None:
-    parser = OneLineParser(prog="tiny.py", description="Rebuild the built-in model.", allow_abbrev=False)
+    parser = OneLineParser(prog="-m scripts.tiny", description="Rebuild the built-in model.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copy-steps", type=int, default=1500, help="at most; ends when copying is learned")

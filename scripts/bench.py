@@ -1,14 +1,19 @@
-"""Benchmarks: `python bench.py {executor,rollout,update} [--quick] [--json FILE]`.
+"""Benchmarks: `python -m scripts.bench {executor,rollout,update} [--quick] [--json FILE]`.
 
 One section a room, each with a function `bench_<room>(args) -> dict`: it prints its figures and returns them
 for --json. What is compared runs in one process: machines differ, and are noisy. No room imports this file.
 Reading order: any section; `main` ties them together.
 """
+import sys
+
+if __package__ != "scripts":
+    print("error: start this from the repository's folder as: python -m scripts.bench", file=sys.stderr)
+    sys.exit(2)
+
 import gc
 import json
 import os
 import platform
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,14 +24,16 @@ import torch
 import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from policy import QWEN25, Policy, Preset, head_size, memory, model_config, never_repack, new_adapter
+from machinery.memory import memory
+from policy import QWEN25, Policy, Preset, head_size, model_config, never_repack, new_adapter
 import bitsandbytes as bnb      # after policy, which quiets its import
 import grpo
 import rollout
+from machinery import engine
 from executor import Executor, Limits
-from tools import OneLineParser, exit_status
+from machinery.cli import OneLineParser, exit_status
 
-sys.path.append(str(Path(__file__).resolve().parent / "tests"))     # the naive way lives there
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))     # the naive way lives there
 from oracle import oracle       # noqa: E402
 
 
@@ -125,15 +132,16 @@ def quantised(linear: torch.nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
 def run_engine(model, work: Workload, slots: int, latency=(0.0, 0.0)) -> dict:
     """One pass over the workload with the engine: its figures, and the trajectories under "out"."""
     episodes, vocabulary = scripted(work, model.config.vocab_size, latency), model.config.vocab_size
-    with rollout.sampling_mode(model, deterministic=False):
-        engine = rollout.Engine(model, slots, work.context, 1.0, np.zeros(vocabulary, dtype=bool))
+    with engine.sampling_mode(model, deterministic=False):
+        sampler = engine.Engine(model, slots, work.context, 1.0, np.zeros(vocabulary, dtype=bool),
+                                rollout.sample_tokens)
         start = Stopwatch(model)
-        out = list(engine.run(episodes))
-        figures = start.figures(engine.sampled)
+        out = list(sampler.run(episodes))
+        figures = start.figures(sampler.sampled)
     # every token once, prompts once a group, and the last token of all never
     minimum = sum(len(ids) - 1 - work.prompt for _, ids, *_ in out) + work.groups * work.prompt
-    return figures | {"slots": slots, "steps": engine.steps, "idle_share": engine.idle / figures["wall_s"],
-                      "forwarded_over_minimum": engine.forwarded / minimum, "out": out}
+    return figures | {"slots": slots, "steps": sampler.steps, "idle_share": sampler.idle / figures["wall_s"],
+                      "forwarded_over_minimum": sampler.forwarded / minimum, "out": out}
 
 
 def run_oracle(model, work: Workload, batch: int) -> dict:
@@ -459,7 +467,7 @@ def machine() -> dict:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(prog="-m scripts.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
     rooms = parser.add_subparsers(dest="room", required=True)
     section = rooms.add_parser("executor", help="sessions: start, step, tool call, memory", allow_abbrev=False)
     section.set_defaults(bench=bench_executor)

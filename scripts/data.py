@@ -1,7 +1,7 @@
 """From published agent data to a train.jsonl, and what it shares with the benchmark.
 
-    python data.py MAT.json --files mat_files/ --gaia-dir GAIA --remove-overlap --out train.jsonl
-    python data.py train.jsonl --gaia-dir GAIA --remove-overlap --out clean.jsonl      # any training data
+    python -m scripts.data MAT.json --files mat_files/ --gaia-dir GAIA --remove-overlap --out train.jsonl
+    python -m scripts.data train.jsonl --gaia-dir GAIA --remove-overlap --out clean.jsonl      # any training data
 
 Owns `read_mat` (question-answer pairs out of MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap`
 (against GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `run`.
@@ -11,20 +11,25 @@ about 1,300 of them. How the paper chose its 1,300 is not known to us: the filte
 counts what it drops. Before you publish a GAIA figure: MAT's generator was prompted with questions of GAIA's
 validation set.
 """
+import sys
+
+if __package__ != "scripts":
+    print("error: start this from the repository's folder as: python -m scripts.data", file=sys.stderr)
+    sys.exit(2)
+
 import ast
 import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from reward import clean
 from tasks import Task, read_gaia, read_jsonl, read_rows
-from tools import OneLineParser, UserError, exit_status
-from web import ngrams
+from machinery.cli import OneLineParser, UserError, exit_status
+from machinery.web import ngrams
 
 VOLATILE = re.compile(
     r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|"
@@ -208,7 +213,7 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-    p = OneLineParser(prog="data.py", allow_abbrev=False, description="Published agent data -> train.jsonl")
+    p = OneLineParser(prog="-m scripts.data", allow_abbrev=False, description="Published agent data -> train.jsonl")
     p.add_argument("data", type=Path, help="a MAT / MM-Traj JSON file, or a train.jsonl to be checked")
     p.add_argument("--files", type=Path, help="folder of MAT's images and files; default: beside the JSON")
     p.add_argument("--out", type=Path, default=Path("train.jsonl"))
