@@ -76,15 +76,15 @@ def paired_bootstrap(differences: list[float], rounds: int = 10_000, seed: int =
 # --------------------------------------------------------------------------------------------- one trajectory
 def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, loosely_right: bool) -> str:
     """What became of one trajectory: "right", or the first of the ways to fail that applies."""
-    text = "\n".join(step.observation for step in t.steps)
-    kinds, statuses = {c.outcome for c in calls}, {step.status for step in t.steps}
+    text = "\n".join(turn.observation for turn in t.turns)
+    kinds, statuses = {c.outcome for c in calls}, {turn.status for turn in t.turns}
     absent = any(f"NameError: name '{tool.name}'" in text for tool, *_ in NEEDS)
     repeated = Counter((c.tool, c.arguments) for c in calls).most_common(1)
-    last = t.steps[-1] if t.steps else None
+    last = t.turns[-1] if t.turns else None
     ways = [
         ("right", official), ("infrastructure", t.stop_reason == "error"),
         ("format_only", t.answer is not None and loosely_right), ("wrong", t.answer is not None),
-        ("no_code", not any(step.code for step in t.steps)), ("cache_miss", "cache_miss" in kinds),
+        ("no_code", not any(turn.code for turn in t.turns)), ("cache_miss", "cache_miss" in kinds),
         ("blocked", "blocked" in kinds), ("tool_unavailable", absent),
         ("repeated_call", bool(repeated) and repeated[0][1] >= 3),
         ("timeout", bool(statuses & {"timeout", "killed"}) or "timeout" in kinds),
@@ -106,7 +106,7 @@ def record_of(task: Task, t: Trajectory, calls: list[Call], judge: Judge) -> dic
         "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
         "answer": answer, "official": official, "heuristic": rule, "llm": llm,
         "category": category_of(task, t, calls, official, rule == "right" or bool(llm)),
-        "steps": len(t.steps), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
+        "steps": len(t.turns), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
         "tool_calls": len(calls), "cache_hits": sum(c.hits for c in calls),
         "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls), "trajectory": t.to_dict()}
 

@@ -1,7 +1,7 @@
 """The executor: a persistent Python session for model-written code, isolated in processes of its own.
 
 Owns both sides of the sandbox. Tools are passed in as plain callables; nothing here knows of models or tasks.
-Read in this order: `Limits`, `StepResult`, `Session.run` to `_listen` (a step as the host sees it), then
+Read in this order: `Limits`, `CellResult`, `Session.execute` to `_listen` (a step as the host sees it), then
 `Executor` (how a sandbox starts), `zygote`, `session`, `supervise`, `Worker` (inside: it runs this file too).
 
   host (trainer) --> bwrap --> zygote: Python with the usual libraries imported; forks one tree per session
@@ -89,7 +89,7 @@ class Limits:
 
 
 @dataclass
-class StepResult:
+class CellResult:
     """What one step came to. `status` is what the host found:
     ok; error: an exception; timeout: interrupted, variables are kept; killed: no reaction, or too much used;
     crashed: its process died or broke the protocol. The last two roll back to the state before the step."""
@@ -124,12 +124,12 @@ class Session(AbstractContextManager):
         self._lock, self._deadline, self._ctl = threading.Lock(), 0.0, None
         self._start()
 
-    def run(self, code: str, seconds: float | None = None) -> StepResult:
+    def execute(self, code: str, seconds: float | None = None) -> CellResult:
         """Run one step of at most `seconds` plus the grace. Raises SessionLost, not for what code does."""
         with self._lock, self.executor.slots:           # the clock starts when a slot is free
             if self._ctl is None:
                 raise SessionLost("the session is closed")
-            result, start = StepResult(), time.monotonic()
+            result, start = CellResult(), time.monotonic()
             self._deadline = start + (self.limits.seconds if seconds is None else seconds)
             try:
                 self._step(code, result)
@@ -155,7 +155,7 @@ class Session(AbstractContextManager):
 
     # --- a step ---
 
-    def _step(self, code: str, result: StepResult) -> None:
+    def _step(self, code: str, result: CellResult) -> None:
         os.ftruncate(self._out, 0)
         os.lseek(self._out, 0, os.SEEK_SET)             # runner and host share the file's offset
         self._keeper, note = 0, None
@@ -180,7 +180,7 @@ class Session(AbstractContextManager):
         if note:
             result.error = f"{result.error or ''}[{result.status}: {note}]"
 
-    def _listen(self, result: StepResult) -> dict:
+    def _listen(self, result: CellResult) -> dict:
         """Serve the step until its `end` frame. Its time up, interrupt it every 0.1 s; then give up."""
         interrupts = 0
         while True:
@@ -225,7 +225,7 @@ class Session(AbstractContextManager):
                 raise Broken("killed", f"it had too {rest}")
             raise Broken("crashed", f"its process died ({death(int(rest))})")
 
-    def _call(self, frame: dict, result: StepResult) -> None:
+    def _call(self, frame: dict, result: CellResult) -> None:
         """Run one tool in a thread of its own, until the step's time is up, and without holding a slot."""
         name, reply = frame["call"], {"reply": frame["id"], "value": None, "error": None}
         finished = threading.Event()

@@ -1,7 +1,7 @@
 """The dynamic sample queue: good groups are kept and used again in later updates.
 
 Read in this order: `SampleQueue.admit` (what enters), `priority` (what is drawn, and what is thrown out first),
-`sample`, `drop_stale`.
+`draw`, `drop_stale`.
 
 Two things to know before reading:
 
@@ -88,7 +88,7 @@ class SampleQueue:
         self._remove(worst, "evicted")
         return worst is not entry
 
-    def sample(self, k: int, step: int, rng) -> list[Entry]:
+    def draw(self, k: int, step: int, rng) -> list[Entry]:
         """Draw up to k groups without replacement, proportional to priority; each draw counts as one use.
 
         The k largest u^(1 / priority), u uniform, are such a draw (Efraimidis and Spirakis 2006). rng: random.Random.

@@ -444,7 +444,7 @@ class Reward:
 
 def compute_reward(task, trajectory, judge: Judge, w_exec: float = 0.1) -> Reward:
     """R = r_answer + w_exec * r_exec. What the model's own code breaks scores 0; a host failure is None."""
-    ran = [step.status == "ok" for step in trajectory.steps if step.code is not None]
+    ran = [turn.status == "ok" for turn in trajectory.turns if turn.code is not None]
     execution = sum(ran) / len(ran) if ran else 0.0
     official = gaia_score(trajectory.answer, task.answer)
     if trajectory.stop_reason == "error":

@@ -1,7 +1,7 @@
 """Rollouts: many multi-turn trajectories sampled at once, with the exact log-probability of every token.
 
 Owns the prompt, the turn protocol, `Trajectory` and the engine that generates. Training and evaluation both
-sample through `rollout`. Read in this order: Step, Trajectory, Sampling -> Chat, build_prompt -> Episode (the
+sample through `rollout`. Read in this order: Turn, Trajectory, Sampling -> Chat, build_prompt -> Episode (the
 protocol of one trajectory; knows no tensors) -> KVCache, Batch, attend -> Engine (knows no text) -> rollout.
 
 How the engine works. B slots hold one trajectory each; their keys and values lie in one preallocated cache.
@@ -50,7 +50,7 @@ separated by commas.
 
 # --------------------------------------------------------------------------------------------- what comes out
 @dataclass
-class Step:
+class Turn:
     """One turn: what the policy wrote and what came back."""
     text: str
     code: str | None            # of the first complete ```python block
@@ -69,7 +69,7 @@ class Trajectory:
     mask: list[int]             # 1 = sampled by the policy, the token that ends a turn included
     logps: list[float]         # log pi(token) of the behaviour policy at the sampling temperature (greedy: 1)
     prompt_length: int
-    steps: list[Step]
+    turns: list[Turn]
     answer: str | None
     stop_reason: str            # "answer" | "turn_limit" | "context_limit" (no room for the next token) |
     #                             "length" (a turn cut at turn_tokens) | "error" (a tool or the host failed)
@@ -77,11 +77,15 @@ class Trajectory:
     error: str = ""             # what failed
 
     def to_dict(self) -> dict:      # not asdict: that copies every token
-        return {**vars(self), "steps": [vars(step) for step in self.steps]}
+        values = {**vars(self), "steps": [vars(turn) for turn in self.turns]}      # "steps": the files' older name
+        del values["turns"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "Trajectory":
-        return cls(**{**values, "steps": [Step(**step) for step in values["steps"]]})
+        values = {**values, "turns": [Turn(**turn) for turn in values["steps"]]}
+        del values["steps"]
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Episode:
     session: object = None      # opened with the first code
     closed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)    # held by act and close: they are threads
-    steps: list[Step] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     last: int = -1              # the token that ended the newest turn
     answer: str | None = None
     stop_reason: str = ""
@@ -207,34 +211,34 @@ class Episode:
         """Note what was written. cut: the limit that cut the turn off, "" if it ended by itself."""
         text = self.chat.text(turn)
         code = CODE.search(text)
-        self.steps.append(Step(text, code and code[1], "", "", 0.0))
+        self.turns.append(Turn(text, code and code[1], "", "", 0.0))
         self.last, self.stop_reason = turn[-1], cut
 
     def act(self):
         """Run the turn's code, in a worker thread; the executor's result, or None if there is no code."""
         with self.lock:
-            if self.steps[-1].code is None or self.stop_reason or self.closed:
+            if self.turns[-1].code is None or self.stop_reason or self.closed:
                 return None
             if self.session is None:
                 context = ToolContext(question=self.task.question, files=self.task.files)
                 bound = {tool.name: tool.bind(context) for tool in self.tools}
                 self.session = self.executor.session(tools=bound, files=self.task.files)
                 context.workdir, context.seconds_left = self.session.workdir, self.session.seconds_left
-            return self.session.run(self.steps[-1].code)
+            return self.session.execute(self.turns[-1].code)
 
     def observe(self, result, room: int) -> list[int]:
         """The forced tokens before the next turn, fewer than `room`; or [], and `stop_reason` says why."""
-        step = self.steps[-1]
+        turn = self.turns[-1]
         if self.stop_reason:
             return []
         if result is not None:
-            step.status, step.seconds, self.answer = result.status, result.seconds, result.answer
+            turn.status, turn.seconds, self.answer = result.status, result.seconds, result.answer
         text = NO_CODE if result is None else result.observation()
         ids = self.chat.observation(text, self.sampling.observation_tokens)
-        step.observation = self.chat.tokenizer.decode(ids)
+        turn.observation = self.chat.tokenizer.decode(ids)
         forced = self.chat.between(ids, self.last)
         self.stop_reason = ("answer" if self.answer is not None else
-                            "turn_limit" if len(self.steps) >= self.sampling.max_turns else
+                            "turn_limit" if len(self.turns) >= self.sampling.max_turns else
                             "context_limit" if len(forced) >= room else "")
         return [] if self.stop_reason else forced
 
@@ -247,7 +251,7 @@ class Episode:
 
     def trajectory(self, ids: list[int], mask: list[int], logps: list[float], seconds: float) -> Trajectory:
         return Trajectory(self.task.id, self.sample, self.seed, ids, mask, logps, len(self.prompt),
-                          self.steps, self.answer, self.stop_reason, seconds, self.error)
+                          self.turns, self.answer, self.stop_reason, seconds, self.error)
 
 
 # ------------------------------------------------------------------------------------------------- one token

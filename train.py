@@ -272,7 +272,7 @@ def sample(run: Run, n: int, clock: Clock, again: int = 0) -> list[Group]:
     run.online += n * size * run.size
     clock.lap("sampling")
     clock["tokens"] += sum(sum(t.mask) for group in sampled for t in group)
-    clock["tools"] += sum(s.seconds for group in sampled for t in group for s in t.steps)
+    clock["tools"] += sum(s.seconds for group in sampled for t in group for s in t.turns)
     return [Group(task, group, run.step) for task, group in zip(tasks, sampled)]
 
 
@@ -296,7 +296,7 @@ def replay(run: Run, filled: int) -> list[queue.Entry]:
     """Queued groups for the places that are not filled, at most a set share of the batch."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
     places = min(run.places - filled, int(run.cfg.replay_share * run.places))
-    return run.queue.sample(places, run.step, rng)
+    return run.queue.draw(places, run.step, rng)
 
 
 def update(run: Run, fresh: list[Group], replayed: list[queue.Entry], clock: Clock):
@@ -383,7 +383,7 @@ def step_metrics(run: Run, groups, fresh, replayed, stats, clock: Clock) -> dict
         return fmean(values) if values else None
     mine = {"step": run.step, "reward": mean(r.total for _, r in valid),
             "accuracy": mean(float(r.answer == 1) for _, r in valid),
-            "exec_rate": mean(r.execution for _, r in valid), "turns": mean(len(t.steps) for t, _ in pairs),
+            "exec_rate": mean(r.execution for _, r in valid), "turns": mean(len(t.turns) for t, _ in pairs),
             **{name: getattr(stats, name) for name in UPDATE_NUMBERS},
             "signal_share": len(fresh) / len(groups), "replayed": len(replayed),
             "judge_failed": len(pairs) - len(valid), "judge_unsure": sum(r.unsure for _, r in pairs),
@@ -479,8 +479,8 @@ def show_step(run: Run):
 def as_text(task: Task, trajectory: Trajectory, reward: Reward) -> str:
     """A whole trajectory as a person reads it."""
     lines = [f"--- {task.id}: {task.question}"]
-    for step in trajectory.steps:
-        lines += [step.text.strip()] + ([f"Observation: {step.observation.strip()}"] if step.observation else [])
+    for turn in trajectory.turns:
+        lines += [turn.text.strip()] + ([f"Observation: {turn.observation.strip()}"] if turn.observation else [])
     return "\n".join(lines + [f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop "
                               f"{trajectory.stop_reason}, reward {reward.total}"])
 

@@ -397,9 +397,9 @@ def bench_executor(args) -> dict:
         figures = {"sandbox": executor.sandbox, "loop_iterations": loop}
         starts = milliseconds(lambda: executor.session().close(), times)
         with executor.session({"same": lambda value: value}) as session:
-            steps = milliseconds(lambda: session.run("x = 1"), times)
-            figures["loop_ms"] = float(np.median(milliseconds(lambda: session.run(code), 5)))
-            calls = milliseconds(lambda: session.run("for i in range(100): same(i)"), 5)
+            steps = milliseconds(lambda: session.execute("x = 1"), times)
+            figures["loop_ms"] = float(np.median(milliseconds(lambda: session.execute(code), 5)))
+            calls = milliseconds(lambda: session.execute("for i in range(100): same(i)"), 5)
         figures |= {"session_start_p50_ms": float(np.median(starts)),
                     "session_start_p99_ms": float(np.quantile(starts, 0.99)),
                     "roundtrip_ms": float(np.median(steps)),
@@ -407,7 +407,7 @@ def bench_executor(args) -> dict:
 
         def trajectory(_):
             with executor.session() as session:
-                return session.run("x = 1").status
+                return session.execute("x = 1").status
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             start = time.perf_counter()
@@ -415,14 +415,14 @@ def bench_executor(args) -> dict:
             figures["sessions_per_s"] = times / (time.perf_counter() - start)
             empty, start = tree_pss(executor._zygote.pid), time.perf_counter()
             live = list(pool.map(lambda _: executor.session(), range(many)))
-            assert {result.status for result in pool.map(lambda s: s.run("x = 1"), live)} == {"ok"}
+            assert {result.status for result in pool.map(lambda s: s.execute("x = 1"), live)} == {"ok"}
             figures |= {"live_sessions": many, "live_sessions_s": time.perf_counter() - start}
             time.sleep(1.0)                                 # the keepers of the last steps are gone
             figures |= {"idle_pss_mb": (tree_pss(executor._zygote.pid) - empty) / many}
             for session in live:
                 session.close()
     with Executor(args.sandbox, Limits(rollback=False)) as executor, executor.session() as session:
-        figures["roundtrip_without_rollback_ms"] = float(np.median(milliseconds(lambda: session.run("x = 1"), times)))
+        figures["roundtrip_without_rollback_ms"] = float(np.median(milliseconds(lambda: session.execute("x = 1"), times)))
     figures |= peers(code)
     for name, value in figures.items():
         print(f"{name:32} {value:10.2f}" if isinstance(value, float) else f"{name:32} {value!s:>10}")

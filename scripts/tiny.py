@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from executor import StepResult
+from executor import CellResult
 from policy import TINY
 from rollout import Chat, build_prompt
 from tasks import BUILTIN_TOOLS, Task, draw
@@ -103,7 +103,7 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
         exec("\n".join(lines), space)
         value = eval(last, space)
         if not answers:
-            result = StepResult("ok", value=repr(value))
+            result = CellResult("ok", value=repr(value))
             glue = chat.between(chat.observation(result.observation(), TINY.observation_tokens), turn[-1])
             ids, mask = ids + glue, mask + [0] * len(glue)
     right = str(answers[0]) == task.answer

@@ -17,7 +17,7 @@ from chat_server import Server
 from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar,
                        paired_bootstrap, parse_args, pass_at_k, read_records, record_of, summary, vote, wilson)
 from reward import Judge
-from rollout import Sampling, Step, Trajectory
+from rollout import Sampling, Turn, Trajectory
 from tasks import Task, builtin_tasks, export_gaia, read_gaia
 from machinery.cli import UserError
 from tools import Call, load_tools, open_web
@@ -110,7 +110,7 @@ def test_samples_are_means_over_questions_and_never_mixed_up():
 
 
 def trajectory(stop="answer", answer=None, steps=((None, "", ""),)):
-    made = [Step("text", code, seen, status, 0.1) for code, seen, status in steps]
+    made = [Turn("text", code, seen, status, 0.1) for code, seen, status in steps]
     return Trajectory("t", 0, 0, [1], [1], [0.0], 0, made, answer, stop, 0.1)
 
 

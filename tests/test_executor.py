@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import executor as module
-from executor import Executor, Limits, SandboxError, StepResult
+from executor import Executor, Limits, SandboxError, CellResult
 from machinery.cli import UserError
 from tools import ToolError
 
@@ -59,19 +59,19 @@ def gone(pids: set[int], seconds: float = 10.0) -> bool:
 def test_state_persists(executor):
     with executor.session(files={"a.txt": b"one\ntwo\n"}) as session:
         code = "import math\nf = open('a.txt')\ndef area(r): return math.pi * r ** 2"
-        assert session.run(code).status == "ok"
-        assert session.run("f.readline()").value == "'one\\n'"
-        assert session.run("f.readline(), round(area(1), 2)").value == "('two\\n', 3.14)"
-        assert session.run("None").value is None
-        assert session.run("import pickle; pickle.loads(pickle.dumps(area)) is area").value == "True"
+        assert session.execute(code).status == "ok"
+        assert session.execute("f.readline()").value == "'one\\n'"
+        assert session.execute("f.readline(), round(area(1), 2)").value == "('two\\n', 3.14)"
+        assert session.execute("None").value is None
+        assert session.execute("import pickle; pickle.loads(pickle.dumps(area)) is area").value == "True"
         code = "from dataclasses import dataclass\n@dataclass\nclass P:\n x: int\nP(1)"
-        assert session.run(code).value == "P(x=1)"
+        assert session.execute(code).value == "P(x=1)"
 
 
 def test_traceback_shows_the_models_lines_of_all_steps(executor):
     with executor.session() as session:
-        session.run("def half(x):\n    return 1 / x")
-        result = session.run("import json\ntry:\n    half(0)\nexcept ZeroDivisionError:\n    json.loads('{')")
+        session.execute("def half(x):\n    return 1 / x")
+        result = session.execute("import json\ntry:\n    half(0)\nexcept ZeroDivisionError:\n    json.loads('{')")
     lines = result.error.splitlines()
     assert result.status == "error" and lines[-1].startswith("json.decoder.JSONDecodeError")
     assert '  File "<step 1>", line 2, in half' in lines and "    return 1 / x" in lines
@@ -80,45 +80,45 @@ def test_traceback_shows_the_models_lines_of_all_steps(executor):
 
 
 def test_observation():
-    assert StepResult().observation() == "(no output)"
-    assert StepResult(output="a\n", value="1", error="E\n").observation() == "a\n1\nE"
+    assert CellResult().observation() == "(no output)"
+    assert CellResult(output="a\n", value="1", error="E\n").observation() == "a\n1\nE"
 
 
 def test_what_was_printed_before_a_timeout_is_kept(executor):
     with executor.session() as session:
-        result = session.run("x = 1\nprint('a', end='')\nwhile True: pass", 0.3)
+        result = session.execute("x = 1\nprint('a', end='')\nwhile True: pass", 0.3)
         assert (result.status, result.output) == ("timeout", "a") and "Variables set so far" in result.error
         assert 0.3 <= result.seconds <= 0.3 + LIMITS.grace + 0.5
-        assert session.run("x").value == "1"
+        assert session.execute("x").value == "1"
 
 
 def test_kill_rolls_back_memory_but_not_files(executor):
     with executor.session() as session:
-        session.run("x = 1")
-        result = session.run("x = 2; open('f', 'w').write('kept')\nsum(range(10 ** 12))", 0.3)
+        session.execute("x = 1")
+        result = session.execute("x = 2; open('f', 'w').write('kept')\nsum(range(10 ** 12))", 0.3)
         assert result.status == "killed" and "as they were before this step" in result.error
-        assert session.run("x, open('f').read()").value == "(1, 'kept')"
+        assert session.execute("x, open('f').read()").value == "(1, 'kept')"
 
 
 def test_without_rollback_a_kill_restarts_the_session():
     with Executor("bwrap", Limits(seconds=8.0, grace=0.8, rollback=False)) as executor:
         with executor.session(files={"a": b"1"}) as session:
-            assert session.run("x = 1").status == "ok" and session.run("x").value == "1"
-            result = session.run("import os; os._exit(1)")
+            assert session.execute("x = 1").status == "ok" and session.execute("x").value == "1"
+            result = session.execute("import os; os._exit(1)")
             assert result.status == "crashed" and "restarted" in result.error
-            assert session.run("'x' in globals(), open('a').read()").value == "(False, '1')"
+            assert session.execute("'x' in globals(), open('a').read()").value == "(False, '1')"
 
 
 def test_files(executor, tmp_path):
     (tmp_path / "b").write_bytes(b"from disk")
     with executor.session(files={"a.txt": b"bytes", "deep/er/b": tmp_path / "b"}) as session:
         code = "import os; sorted(os.listdir('.')), open('a.txt').read(), open('deep/er/b').read()"
-        assert session.run(code).value == "(['a.txt', 'deep'], 'bytes', 'from disk')"
+        assert session.execute(code).value == "(['a.txt', 'deep'], 'bytes', 'from disk')"
         assert (session.workdir is None) == (executor.sandbox == "bwrap")
         if session.workdir:
             assert (session.workdir / "a.txt").read_bytes() == b"bytes"
     with executor.session() as session:
-        assert session.run("os = __import__('os'); os.listdir('.')").value == "[]"
+        assert session.execute("os = __import__('os'); os.listdir('.')").value == "[]"
 
 
 @pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "", ".", "a\0b"])
@@ -129,11 +129,11 @@ def test_file_names_stay_inside(executor, name):
 
 def test_final_answer(executor):
     with executor.session() as session:
-        first = session.run("final_answer(42); final_answer('late'); print('runs on')")
+        first = session.execute("final_answer(42); final_answer('late'); print('runs on')")
         assert (first.answered, first.answer, first.output, first.status) == (True, "42", "runs on\n", "ok")
-        assert not session.run("1").answered
-        assert session.run("final_answer('x' * 10 ** 6)").answer == "x" * module.MAX_ANSWER
-        killed = session.run("final_answer(1); import os; os._exit(1)")
+        assert not session.execute("1").answered
+        assert session.execute("final_answer('x' * 10 ** 6)").answer == "x" * module.MAX_ANSWER
+        killed = session.execute("final_answer(1); import os; os._exit(1)")
         assert (killed.status, killed.answer) == ("crashed", "1")
 
 
@@ -147,19 +147,19 @@ def test_tools(executor):
 
     with executor.session({"add": add, "refuse": refuse}) as session:
         code = "import numpy as np; add(np.int64(2), b=3), add.__doc__"
-        assert session.run(code).value == "(5, 'Add two numbers.')"
-        assert session.run("try: refuse()\nexcept ToolError as e: print(e)").output == "not that one\n"
-        result = session.run("[add(i) for i in range(9)]")
+        assert session.execute(code).value == "(5, 'Add two numbers.')"
+        assert session.execute("try: refuse()\nexcept ToolError as e: print(e)").output == "not that one\n"
+        result = session.execute("[add(i) for i in range(9)]")
         assert (result.status, result.tool_calls) == ("error", 4) and "no more than 5 tool" in result.error
 
 
 def test_tools_know_the_time_left(executor):
     left = []
     with executor.session({"look": lambda: left.append(session.seconds_left())}) as session:
-        session.run("look(); import time; time.sleep(0.3); look()", 5.0)
+        session.execute("look(); import time; time.sleep(0.3); look()", 5.0)
         assert 4.0 < left[0] <= 5.0 and 0.25 < left[0] - left[1] < 2.0
         start = time.monotonic()
-        assert session.run("import time; time.sleep(60)", 0.2).status == "timeout"
+        assert session.execute("import time; time.sleep(60)", 0.2).status == "timeout"
         assert time.monotonic() - start < 2.0
 
 
@@ -167,10 +167,10 @@ def test_clock_starts_with_the_slot_and_tools_hold_none():
     released = threading.Event()
     with Executor("bwrap", LIMITS, max_running=1) as executor, ThreadPoolExecutor(8) as pool:
         sessions = [executor.session({"wait": lambda: released.wait(5) and 1}) for _ in range(8)]
-        results = list(pool.map(lambda s: s.run("import time; time.sleep(0.3)", 1.0), sessions))
+        results = list(pool.map(lambda s: s.execute("import time; time.sleep(0.3)", 1.0), sessions))
         assert [r.status for r in results] == ["ok"] * 8
-        waiting = pool.submit(sessions[0].run, "wait()")
-        assert sessions[1].run("1 + 1").value == "2"            # while the tool of another session is at work
+        waiting = pool.submit(sessions[0].execute, "wait()")
+        assert sessions[1].execute("1 + 1").value == "2"            # while the tool of another session is at work
         released.set()
         assert waiting.result().value == "1"
 
@@ -178,8 +178,8 @@ def test_clock_starts_with_the_slot_and_tools_hold_none():
 def test_many_sessions_from_many_threads(executor):
     def trajectory(number):
         with executor.session({"same": lambda v: v}) as session:
-            session.run(f"n = {number}")
-            return [session.run("n = same(n + 1); n").value for _ in range(3)]
+            session.execute(f"n = {number}")
+            return [session.execute("n = same(n + 1); n").value for _ in range(3)]
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(trajectory, range(48))) == [[str(n + k) for k in (1, 2, 3)] for n in range(48)]
@@ -196,17 +196,17 @@ def test_a_session_stands_still_between_steps(executor):
             last = now
     threading.Thread(target=tick, daemon=True).start()"""
     with executor.session() as session:
-        assert session.run(textwrap.dedent(watch).replace("\n    ", "\n")).status == "ok"
+        assert session.execute(textwrap.dedent(watch).replace("\n    ", "\n")).status == "ok"
         time.sleep(1.0)
-        assert float(session.run("time.sleep(0.1); max(gaps)").value) > 0.8
+        assert float(session.execute("time.sleep(0.1); max(gaps)").value) > 0.8
 
 
 def test_leftovers_are_killed_with_the_step(executor):
     daemon = "import os, time\nif not os.fork():\n os.setsid()\n if os.fork(): os._exit(0)\n time.sleep(60)"
     with executor.session() as session:
         before = tree(executor._zygote.pid)
-        assert session.run(daemon).status == "ok"
-        assert session.run("1").status == "ok"      # the sweep is done before the next step begins
+        assert session.execute(daemon).status == "ok"
+        assert session.execute("1").status == "ok"      # the sweep is done before the next step begins
         assert gone(tree(executor._zygote.pid) - before)
 
 
@@ -216,21 +216,21 @@ def test_a_closed_session_is_gone_while_others_live(executor):
         before = tree(executor._zygote.pid)
         for _ in range(10):
             with executor.session() as session:
-                session.run("x = 1")
+                session.execute("x = 1")
         assert gone(tree(executor._zygote.pid) - before, 3.0)
-        assert witness.run("1").value == "1"
+        assert witness.execute("1").value == "1"
 
 
 def test_none_keeps_the_trainers_memory_and_environment_closed(monkeypatch):
     monkeypatch.setenv("A_KEY", "secret")
     with Executor("none", LIMITS) as executor, executor.session() as session:
         for name in ("mem", "environ", "maps"):
-            assert "PermissionError" in session.run(f"open('/proc/{os.getpid()}/{name}', 'rb').read(1)").error
-        assert session.run("import os; 'A_KEY' in os.environ").value == "False"
+            assert "PermissionError" in session.execute(f"open('/proc/{os.getpid()}/{name}', 'rb').read(1)").error
+        assert session.execute("import os; 'A_KEY' in os.environ").value == "False"
         connect = "import socket; socket.create_connection(('127.0.0.1', 80))"
-        assert "Network is down" in session.run(connect).error
+        assert "Network is down" in session.execute(connect).error
         many = "import os, time\nfor i in range(100): os.fork() or time.sleep(60)\ntime.sleep(60)"
-        result = session.run(many)
+        result = session.execute(many)
         assert result.status == "killed" and "it had too m" in result.error  # many processes, or much memory
 
 
@@ -241,7 +241,7 @@ def test_bwrap_missing_is_said_loudly(monkeypatch, capsys):
     with Executor("auto", LIMITS) as executor:
         assert executor.sandbox == "none"
         assert "NO SANDBOX" in capsys.readouterr().err
-        assert executor.session().run("1 + 1").value == "2"
+        assert executor.session().execute("1 + 1").value == "2"
     with pytest.raises(UserError):
         Executor("docker")
 
@@ -252,7 +252,7 @@ def test_close_leaves_nothing():
         executor = Executor(sandbox, LIMITS)
         sessions = [executor.session(files={"a": b"1"}) for _ in range(10)]
         for session in sessions:
-            session.run("import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)")
+            session.execute("import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)")
         pids = tree(executor._zygote.pid) | {executor._zygote.pid}
         assert len(pids) >= 20
         for session in sessions[:5]:
@@ -273,10 +273,10 @@ def test_nothing_outlives_the_trainer(sandbox, blow):
     from executor import Executor
     executor = Executor({sandbox!r})
     sessions = [executor.session() for _ in range(3)]
-    sessions[0].run("import threading as t\\ndef spin():\\n while True: pass\\nt.Thread(target=spin).start()")
-    sessions[1].run("import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)")
+    sessions[0].execute("import threading as t\\ndef spin():\\n while True: pass\\nt.Thread(target=spin).start()")
+    sessions[1].execute("import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)")
     print(executor._zygote.pid, executor.base, flush=True)
-    sessions[2].run("import time; time.sleep(60)", 60)"""
+    sessions[2].execute("import time; time.sleep(60)", 60)"""
     command = [sys.executable, "-c", textwrap.dedent(script)]
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                start_new_session=True)
@@ -297,9 +297,9 @@ def test_a_dead_zygote_is_replaced():
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         assert gone(pids)
-        result = session.run("1")
+        result = session.execute("1")
         assert result.status == "crashed" and "restarted" in result.error
-        assert session.run("2").value == "2" and executor.session().run("3").value == "3"
+        assert session.execute("2").value == "2" and executor.session().execute("3").value == "3"
 
 
 @pytest.mark.slow
@@ -315,10 +315,10 @@ def test_soak():
         with executor.session({"same": lambda v: v}, {"n.txt": str(number).encode()}) as session:
             for step in range(5):
                 if rng.random() < 0.05:
-                    session.run(rng.choice(hostile), 0.2)
+                    session.execute(rng.choice(hostile), 0.2)
                     count += 1
                 else:
-                    result = session.run("k = same(int(open('n.txt').read())); k", 10.0)
+                    result = session.execute("k = same(int(open('n.txt').read())); k", 10.0)
                     assert result.value == str(number), (number, step, result)
         return count
 

@@ -382,7 +382,7 @@ def executor():
 @pytest.fixture(scope="module")
 def witness(executor):
     with executor.session(files={"witness.txt": b"w"}) as session:
-        assert session.run("w = 1; open('/dev/shm/witness', 'w').close()", 5.0).status == "ok"
+        assert session.execute("w = 1; open('/dev/shm/witness', 'w').close()", 5.0).status == "ok"
         yield session
 
 
@@ -400,23 +400,23 @@ def test_hostile(executor, witness, port, name, expected, code):
     short = "timeout" in statuses or statuses == "killed" and "memory" not in wanted
     limit = LIMITS.seconds if short else ROOMY
     with executor.session(TOOLS) as session:
-        assert session.run("x = 1", ROOMY).status == "ok"
+        assert session.execute("x = 1", ROOMY).status == "ok"
         start = time.monotonic()
-        result = session.run("y = 1\n" + code.replace("PORT", str(port)), limit)
+        result = session.execute("y = 1\n" + code.replace("PORT", str(port)), limit)
         took = time.monotonic() - start
         assert result.status in statuses.split("|"), result
         assert took <= limit + LIMITS.grace + SLACK
         assert wanted in result.output + (result.value or "") + (result.error or ""), result
         assert not unwanted or unwanted not in result.observation()
         assert len(result.observation()) <= 3 * LIMITS.output_chars + 1000
-        after = session.run("[n for n in ('x', 'y') if n in globals()]", ROOMY if state != "any" else 0.5)
+        after = session.execute("[n for n in ('x', 'y') if n in globals()]", ROOMY if state != "any" else 0.5)
         if state == "any" and after.status != "ok":
-            after = session.run("[]", ROOMY)    # it broke its session for one more step, not for two
+            after = session.execute("[]", ROOMY)    # it broke its session for one more step, not for two
         assert after.status == "ok", after
         assert state == "any" or after.value == {"kept": "['x', 'y']", "back": "['x']", "lost": "[]"}[state]
     until = time.monotonic() + 5.0
     while len(tree(executor._zygote.pid)) > 3 and time.monotonic() < until:
         time.sleep(0.01)
     assert len(tree(executor._zygote.pid)) == 3         # the zygote, and supervisor and runner of the witness
-    beside = witness.run("import os; (w, os.listdir('/tmp/work'))", ROOMY)
+    beside = witness.execute("import os; (w, os.listdir('/tmp/work'))", ROOMY)
     assert beside.value == "(1, ['witness.txt'])", beside

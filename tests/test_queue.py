@@ -50,7 +50,7 @@ def test_draws_in_proportion_to_priority_without_replacement():
     rng, first = random.Random(0), Counter()
     for _ in range(4000):
         queue = filled([0.6, 0.3, 0.1])
-        drawn = queue.sample(2, step=0, rng=rng)
+        drawn = queue.draw(2, step=0, rng=rng)
         assert len({e.order for e in drawn}) == 2 and all(e.uses == 2 for e in drawn)
         first[drawn[0].group] += 1
     # binomial standard error at most 0.008
@@ -66,19 +66,19 @@ def test_equal_priorities_never_compare_the_groups():
     class AlwaysHalf:
         def random(self):
             return 0.5
-    assert [e.order for e in queue.sample(3, 0, AlwaysHalf())] == [19, 18, 17]
+    assert [e.order for e in queue.draw(3, 0, AlwaysHalf())] == [19, 18, 17]
 
 
 def test_drops_old_used_up_and_off_policy():
     queue = filled([0.5, 0.4], max_age=2, max_uses=3)
     queue.admit("fresh", 0.5, any_right=True, step=3)
-    queue.sample(0, step=3, rng=random.Random(0))
+    queue.draw(0, step=3, rng=random.Random(0))
     assert [e.group for e in queue.entries] == ["fresh"] and queue.counts["too_old"] == 2
     for _ in range(2):
-        assert len(queue.sample(1, step=3, rng=random.Random(0))) == 1
-    assert queue.sample(1, step=3, rng=random.Random(0)) == [] and queue.counts["used_up"] == 1
+        assert len(queue.draw(1, step=3, rng=random.Random(0))) == 1
+    assert queue.draw(1, step=3, rng=random.Random(0)) == [] and queue.counts["used_up"] == 1
     queue.admit("far", 0.5, any_right=True, step=3)
-    entry = queue.sample(1, step=3, rng=random.Random(0))[0]
+    entry = queue.draw(1, step=3, rng=random.Random(0))[0]
     queue.report_off_policy(entry, 0.2)
     assert len(queue) == 1
     queue.report_off_policy(entry, 0.9)
@@ -88,10 +88,10 @@ def test_drops_old_used_up_and_off_policy():
 
 def test_state_continues_where_it_was():
     one = filled([0.5, 0.4, 0.3], max_uses=9)
-    one.sample(2, 0, random.Random(1))
+    one.draw(2, 0, random.Random(1))
     two = SampleQueue(max_uses=9)
     two.load_state_dict(one.state_dict())
-    draws = [[e.order for e in q.sample(2, 1, random.Random(7))] for q in (one, two)]
+    draws = [[e.order for e in q.draw(2, 1, random.Random(7))] for q in (one, two)]
     assert draws[0] == draws[1] and one.stats(1) == two.stats(1)
 
 

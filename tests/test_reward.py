@@ -281,7 +281,7 @@ class Task:
 
 
 @dataclass
-class Step:
+class Turn:
     code: str | None
     status: str
 
@@ -289,17 +289,17 @@ class Step:
 @dataclass
 class Traj:
     answer: str | None
-    steps: list = field(default_factory=list)
+    turns: list = field(default_factory=list)
     stop_reason: str = "answer"
 
 
 def test_reward_by_hand():
     task, judge = Task("How many?", "17"), Judge()
-    steps = [Step("x", "ok"), Step("y", "error"), Step(None, ""), Step("z", "ok")]
+    steps = [Turn("x", "ok"), Turn("y", "error"), Turn(None, ""), Turn("z", "ok")]
     reward = compute_reward(task, Traj("17", steps), judge)
     assert reward.total == pytest.approx(1 + 0.1 * 2 / 3) and reward.answer == 1.0 and reward.official
     assert compute_reward(task, Traj("18", steps), judge, w_exec=0.5).total == pytest.approx(0.5 * 2 / 3)
-    assert compute_reward(task, Traj(None, [Step(None, "")], "turn_limit"), judge).total == 0.0
+    assert compute_reward(task, Traj(None, [Turn(None, "")], "turn_limit"), judge).total == 0.0
     host = compute_reward(task, Traj("17", steps, "error"), judge)
     assert host.total is None and host.answer is None and not host.official    # the host failed, not the policy
 

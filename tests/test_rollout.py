@@ -211,9 +211,9 @@ def test_greedy_in_float64_equals_the_oracle_token_for_token(executor):
         t = ours[episode.task.id]
         assert t.ids == ids and t.mask == mask and t.answer == episode.answer
         assert t.stop_reason == episode.stop_reason
-        assert [s.text for s in t.steps] == [s.text for s in episode.steps]
+        assert [s.text for s in t.turns] == [s.text for s in episode.turns]
         assert largest_difference(policy.model, t.ids, t.mask, t.logps) < 1e-4
-    assert len(theirs) == 22 and any(len(t.steps) > 1 for t in ours.values())
+    assert len(theirs) == 22 and any(len(t.turns) > 1 for t in ours.values())
     assert any(t.answer for t in ours.values())
 
 
@@ -372,10 +372,10 @@ def test_a_whole_trajectory_end_to_end(executor, split):
     model, ids, mask = parrot(prompt, turns, observations, chat)
     [[t, twin]] = rollout(as_policy(model), [task], executor, [], SHORT, 2, 0)
     assert t.ids == ids == twin.ids and t.mask == mask and t.prompt_length == len(prompt)
-    assert (t.answer, t.stop_reason, len(t.steps)) == ("42", "answer", 2)
-    assert [s.status for s in t.steps] == ["ok" if split != "im_end" else "", "ok"]
-    assert t.steps[0].code == (None if split == "im_end" else "x = 20 + 1\nprint(x)\n")
-    assert t.steps[0].observation == seen
+    assert (t.answer, t.stop_reason, len(t.turns)) == ("42", "answer", 2)
+    assert [s.status for s in t.turns] == ["ok" if split != "im_end" else "", "ok"]
+    assert t.turns[0].code == (None if split == "im_end" else "x = 20 + 1\nprint(x)\n")
+    assert t.turns[0].observation == seen
     said = [TOKENIZER.decode(turn).removesuffix("<|im_end|>") for turn in turns]
     messages = [{"role": "system", "content": room.SHORT}, {"role": "user", "content": task.question},
                 {"role": "assistant", "content": said[0]},
@@ -412,8 +412,8 @@ def test_limits_are_told_apart(executor):
     def end(**limits):
         [[t]] = rollout(as_policy(model), [task], executor, [], dataclasses.replace(SHORT, **limits), 1, 0)
         assert t.ids == ids[:len(t.ids)] and t.mask == mask[:len(t.ids)] and t.answer is None
-        assert t.steps or t.ids == prompt
-        return t.stop_reason, len(t.ids), len(t.steps)
+        assert t.turns or t.ids == prompt
+        return t.stop_reason, len(t.ids), len(t.turns)
     whole, one = len(ids), len(prompt) + len(first)
     assert end(max_turns=2) == ("turn_limit", whole, 2)
     assert end(max_turns=1) == ("turn_limit", one, 1)
@@ -497,17 +497,17 @@ class Sessions:
 
     def session(self, tools, files):
         session, number = self.executor.session(tools, files), next(self.count)
-        run, close = session.run, session.close
+        execute, close = session.execute, session.close
         self.open.add(number)
 
         def running(code):
             self.before(number)
-            return run(code)
+            return execute(code)
 
         def closing():
             close()
             self.open.discard(number)
-        session.run, session.close = running, closing
+        session.execute, session.close = running, closing
         return session
 
 

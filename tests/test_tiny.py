@@ -109,7 +109,7 @@ def test_the_executor_shows_what_the_demonstrations_show(chat):
             seen = [p.split("Observation:\n")[1].split("<|im_end|>")[0] for p in parts if "Observation:" in p]
             tools = {tool.name: tool.bind(ToolContext()) for tool in BUILTIN_TOOLS}
             with executor.session(tools=tools, files=drawn.files) as session:
-                results = [session.run(code) for code in codes]
+                results = [session.execute(code) for code in codes]
             assert [r.observation() for r in results[:-1]] == seen
             assert results[-1].answer == str(drawn.answer) and all(r.status == "ok" for r in results)
 
@@ -120,7 +120,7 @@ def success(policy, tasks: list[Task], temperature: float) -> tuple[float, float
                         context_tokens=TINY.context_tokens, observation_tokens=TINY.observation_tokens)
     with Executor() as executor:
         found = [group[0] for group in rollout(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, seed=0)]
-    statuses = [step.status for t in found for step in t.steps]
+    statuses = [turn.status for t in found for turn in t.turns]
     right = [t.answer == task.answer for t, task in zip(found, tasks)]
     return sum(right) / len(right), statuses.count("ok") / len(statuses)
 
