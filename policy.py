@@ -15,7 +15,8 @@ import logging
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
@@ -36,35 +37,22 @@ TINY_DIR = Path(__file__).resolve().parent / "tiny"             # the built-in m
 # --------------------------------------------------------------------------------------- what depends on size
 @dataclass(frozen=True)
 class Preset:
-    """Defaults that go with the size of a model; train.py's flags override them one by one."""
+    """How a model of some size is prompted, and what differs from the defaults in train.py's Config, which are a 7B
+    model's. Flags override both."""
     prompt: str = "full"        # "full" documents the tools; "short" is what the built-in model was made with
-    max_turns: int = 6
-    turn_tokens: int = 1024         # sampled tokens a turn
-    context_tokens: int = 8192      # prompt and all that is sampled and observed
-    observation_tokens: int = 2000  # longer ones are cut in the middle
-    groups: int = 8                 # tasks a step
-    group_size: int = 8             # trajectories a task
-    steps: int = 200
-    lr: float = 1e-5
-    warmup: int = 8                 # steps of linear warm-up
-    schedule: str = "constant"      # or "cosine"
-    beta: float = 1e-3              # of the KL penalty; 0 skips the reference pass
-    minibatches: int = 1            # optimiser steps a batch
-    token_budget: int = 8192        # padded tokens a micro-batch
-    eval_every: int = 20            # steps between quick held-out evaluations
-    eval_tasks: int = 64            # held-out tasks: of --data in all, of the built-in tasks per family
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
-TINY = Preset(prompt="short", max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64,
-              groups=12, steps=50, lr=1e-3, schedule="cosine", minibatches=3, token_budget=2048,
-              eval_every=25, eval_tasks=52)
+TINY = Preset("short", {
+    "max_turns": 4, "turn_tokens": 96, "context_tokens": 512, "observation_tokens": 64, "groups": 12, "steps": 50,
+    "lr": 1e-3, "schedule": "cosine", "minibatches": 3, "token_budget": 2048, "eval_every": 25, "eval_tasks": 52})
 
 
 def preset_for(parameters: int) -> Preset:
-    """Below 50 M parameters it is the built-in model's; among the others, smaller ones bear larger steps."""
+    """Below 50 million parameters that of the built-in model; among the others, smaller ones bear larger steps."""
     if parameters < 50e6:
         return TINY
-    return Preset(lr=5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5)
+    return Preset("full", {"lr": 5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5})
 
 
 def head_size(config) -> int:
@@ -179,19 +167,19 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
-LORA_R = 16         # rank; alpha is twice that
+LORA_RANK = 16
 
 
-def new_adapter(base: torch.nn.Module, seed: int = 0) -> PeftModel:
+def new_adapter(base: torch.nn.Module, seed: int = 0, rank: int = LORA_RANK) -> PeftModel:
     """A LoRA adapter in fp32 on all linear layers but the head; its B is 0, so it begins as the reference."""
-    lora = LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(base, lora)
 
 
 def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, seed: int = 0,
-                dtype: torch.dtype | None = None) -> Policy:
+                dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK) -> Policy:
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
     quantize: see in_nf4. dtype: of the base, by default bf16 on a GPU and fp32 on the CPU. The GPU is torch's
@@ -206,7 +194,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)
     nf4 = in_nf4(quantize, parameters, on_gpu)
     base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32), away)
-    network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed)
+    network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(network.eval(), tokenizer, device, name, preset_for(parameters))

@@ -62,7 +62,7 @@ class SampleQueue:
     share of its sampled tokens is off-policy (DESIGN: |l_old - l_behaviour| > log(1 + eps_high)).
     """
 
-    def __init__(self, capacity=64, half_life=4.0, max_age=8, max_uses=4, max_off_policy=0.3):
+    def __init__(self, capacity: int, half_life: float, max_age: int, max_uses: int, max_off_policy: float):
         self.capacity, self.half_life = capacity, half_life
         self.max_age, self.max_uses, self.max_off_policy = max_age, max_uses, max_off_policy
         self.entries: deque[Entry] = deque()
@@ -126,11 +126,12 @@ class SampleQueue:
                 **{f"queue_{name}": count for name, count in self.counts.items()}}
 
     def state_dict(self) -> dict:
-        """Everything but the settings; `entries` holds the groups themselves, which the caller knows how to store."""
-        return {"entries": list(self.entries), "counts": dict(self.counts)}
+        """Everything but the settings. `entries` holds the groups themselves, which the caller knows how to store."""
+        return {"entries": [dict(vars(entry)) for entry in self.entries], "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict):
-        self.entries, self.counts = deque(state["entries"]), Counter(state["counts"])
+        self.entries = deque(Entry(**values) for values in state["entries"])
+        self.counts = Counter(state["counts"])
 
 
 if sys.modules.get("queue") is _standard:    # the standard module came first: make it the superset (see the docstring)

@@ -454,9 +454,11 @@ def compute_reward(task, trajectory, judge: Judge, w_exec: float = 0.1) -> Rewar
     return Reward(total, verdict.score, execution, verdict.source, verdict.unsure, official)
 
 
-def compute_rewards(pairs: list, judge: Judge, w_exec: float = 0.1) -> list[Reward]:
-    """compute_reward for many (task, trajectory), in order; a judge at a URL is asked several at a time."""
+def compute_rewards(tasks: list, groups: list[list], judge: Judge, w_exec: float = 0.1) -> list[list[Reward]]:
+    """The rewards of every group of trajectories; groups[i] are those of tasks[i]. Several groups at a time."""
+    def of_group(task, trajectories):
+        return [compute_reward(task, trajectory, judge, w_exec) for trajectory in trajectories]
     if not judge.spec.startswith("http"):
-        return [compute_reward(task, trajectory, judge, w_exec) for task, trajectory in pairs]
+        return [of_group(task, group) for task, group in zip(tasks, groups)]
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda pair: compute_reward(*pair, judge, w_exec), pairs))
+        return list(pool.map(of_group, tasks, groups))

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from machinery.engine import Engine, fitting_slots, sampling_mode
-from machinery.cli import UserError
+from machinery.cli import UserError, option
 from tools import ToolContext, prompt_text
 
 CODE = re.compile(r"```(?:python|py)[^\S\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -88,15 +88,17 @@ class Trajectory:
         return cls(**values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampling:
-    temperature: float = 1.0    # 0 = greedy. No top-k, no top-p: the loss scores the full softmax
-    max_turns: int = 6
-    turn_tokens: int = 1024     # sampled tokens a turn
-    context_tokens: int = 8192  # prompt + everything sampled and observed
-    observation_tokens: int = 2000      # an observation is cut in the middle to this
-    slots: int | None = None    # trajectories in flight; None: as many as fit into memory
-    deterministic: bool = False         # one thread; results are admitted a fixed number of steps later
+    """No top-k, no top-p: the loss scores the full softmax. temperature 0 is greedy."""
+    temperature: float = option(1.0, "of sampling, and of every log-prob in the loss")
+    max_turns: int = option(6, "turns per trajectory")
+    turn_tokens: int = option(1024, "sampled tokens per turn")
+    context_tokens: int = option(8192, "tokens per trajectory")
+    observation_tokens: int = option(2000, "tokens per observation")
+    slots: int | None = option(None, "trajectories decoded at once (default: by free memory)")
+    deterministic: bool = option(False, "one thread, fixed order: bit-equal runs on the CPU")
+    plain: bool = option(False, "the method without machinery/: one trajectory at a time, padded update")
 
 
 # ------------------------------------------------------------------------------------------ the turn protocol

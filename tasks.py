@@ -301,6 +301,41 @@ def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE 
     return tasks
 
 
+def split_tasks(tasks: list[Task] | None, eval_tasks: int, seed: int, difficulty: int) -> tuple[list[Task], list[Task]]:
+    """(training, held-out) tasks. None: the built-in ones, with eval_tasks held-out tasks per family. Of a user's own
+    tasks a tenth is held out, at most eval_tasks, chosen by a fixed shuffle."""
+    if tasks is None:
+        heldout = [task for family in CORE + HARD
+                   for task in builtin_tasks("heldout", eval_tasks, 0, (family,), difficulty)]
+        return builtin_tasks("train", 3000, seed, CORE + HARD, difficulty), heldout
+    if len(tasks) < 2:
+        raise UserError(f"--data: {len(tasks)} tasks; at least 2 are needed, one of them held out")
+    shuffled = list(tasks)
+    random.Random("held out").shuffle(shuffled)
+    n = min(eval_tasks, len(shuffled) // 10 or 1)
+    return shuffled[n:], shuffled[:n]
+
+
+def endless(tasks: list[Task], seed: int, first: int, n: int) -> list[Task]:
+    """n tasks from number `first` on, of an endless sequence in which every epoch has its own shuffle."""
+    chosen = []
+    for i in range(first, first + n):
+        epoch, index = divmod(i, len(tasks))
+        if not chosen or index == 0:
+            order = list(range(len(tasks)))
+            random.Random(f"order-{seed}-{epoch}").shuffle(order)
+        chosen.append(tasks[order[index]])
+    return chosen
+
+
+def every(n: int, tasks: list[Task]) -> list[Task]:
+    """Of each family the first task and every n-th after it."""
+    chosen = []
+    for family in dict.fromkeys(task.family for task in tasks):
+        chosen += [task for task in tasks if task.family == family][::n]
+    return chosen
+
+
 # ------------------------------------------------------------------------------------------------------ files
 def read_rows(file: Path) -> list[tuple[int, dict]]:
     """(line number, record) of a jsonl or parquet file. UserError with file and line if it is malformed."""

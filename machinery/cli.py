@@ -1,7 +1,14 @@
-"""How every command line ends: one clear line for bad input, exit status 2, and 130 after Ctrl-C."""
+"""Command lines: settings out of a dataclass, and how every command ends.
+
+Bad input ends with one clear line and exit status 2, Ctrl-C with 130. Owns `UserError`, `exit_status`, `option`,
+`parse_settings`.
+"""
 import argparse
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import field, fields
+from typing import get_args, get_type_hints
 
 
 class UserError(Exception):
@@ -26,3 +33,51 @@ def exit_status(command: Callable[[], None]) -> int:
         print(": ".join(["\ninterrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
+
+
+# ------------------------------------------------------------------------------------- settings: a dataclass of options
+def option(default, help: str, choices: tuple | None = None, zero: bool = False, flag: bool = True):
+    """A field of a configuration. zero: 0 is allowed; no number may be negative. flag: False if only --set sets it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "zero": zero, "flag": flag})
+
+
+def parse_settings(parser: OneLineParser, config: type, argv=None) -> dict:
+    """name -> value of the settings that a command line gives: by their flags, or by --set FIELD=VALUE."""
+    kinds = {name: hint if isinstance(hint, type) else get_args(hint)[0]        # of `int | None` the int
+             for name, hint in get_type_hints(config).items()}
+    unflagged = [f.name for f in fields(config) if not f.metadata["flag"]]
+    for f in fields(config):
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        if kinds[f.name] is bool:
+            parser.add_argument(flag_name(f.name), action="store_true", help=text, default=argparse.SUPPRESS)
+        elif f.metadata["flag"]:
+            parser.add_argument(flag_name(f.name), type=kinds[f.name], help=text, choices=f.metadata["choices"],
+                                default=argparse.SUPPRESS)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                        help=f"a choice of the method that has no flag: {', '.join(unflagged)}")
+    given = vars(parser.parse_args(argv))
+    for assignment in given.pop("set"):
+        name, _, value = assignment.partition("=")
+        if name not in unflagged:
+            raise UserError(f"--set {assignment}: FIELD is one of {', '.join(unflagged)}; all else has a flag")
+        try:
+            given[name] = kinds[name](value)
+        except ValueError:
+            raise UserError(f"--set {assignment}: the value is no {kinds[name].__name__}") from None
+    for f in fields(config):
+        check_bounds(f, given.get(f.name))
+    return given
+
+
+def flag_name(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def check_bounds(setting, value):
+    """UserError for a number that is negative, not finite, or 0 where that makes no sense."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    zero = setting.metadata["zero"]
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        name = flag_name(setting.name) if setting.metadata["flag"] else f"--set {setting.name}"
+        raise UserError(f"{name} {value}: it must be {'0 or more' if zero else 'more than 0'}")

@@ -5,13 +5,15 @@ Owns `plan_memory` (for --vram). Read in this order: `memory`, `fit`, `plan_memo
 from dataclasses import dataclass
 
 from machinery.cli import UserError
-from policy import (
-    LORA_R, QWEN25, head_size, in_nf4, linear_shapes, model_config, parameter_counts, preset_for)
+from machinery.ranks import world
+from policy import LORA_RANK, QWEN25, head_size, in_nf4, linear_shapes, model_config, parameter_counts
 
 GIB = 2**30
+CONTEXTS = (8192, 4096, 2048)   # tokens, tried in this order
+MOST_TOKENS = 16384             # of a micro-batch: more is not faster
 
 
-def memory(config, nf4: bool, slots: int, token_budget: int, context: int) -> dict:
+def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_rank: int = LORA_RANK) -> dict:
     """{part: GiB (while sampling, in the update)} for a base in NF4 or bf16 and an adapter in fp32.
 
     The activations' factors were measured: a test compares them with the bytes that live in a real update.
@@ -21,7 +23,7 @@ def memory(config, nf4: bool, slots: int, token_budget: int, context: int) -> di
     blocks = config.num_hidden_layers
     # NF4 with double quantisation: 4 bits, for 64 weights an 8-bit scale, for 256 scales an fp32 one
     weights = linear * (0.5 + 1 / 64 + 4 / (64 * 256) if nf4 else 2) + 2 * embeddings
-    adapter = blocks * LORA_R * sum(a + b for a, b in linear_shapes(config))
+    adapter = blocks * lora_rank * sum(a + b for a, b in linear_shapes(config))
     cache = slots * context * blocks * 2 * config.num_key_value_heads * head_size(config) * 2
     one_matrix = 2 * h * i if nf4 else 0                        # dequantised for its product
     sampling = (1024 + slots) * 12 * i + slots * v * 24 + one_matrix       # a chunk of prompt, fp64 sums of p
@@ -39,7 +41,7 @@ def memory(config, nf4: bool, slots: int, token_budget: int, context: int) -> di
 @dataclass(frozen=True)
 class Plan:
     slots: int                      # trajectories decoded at once
-    token_budget: int               # padded tokens a micro-batch
+    token_budget: int               # padded tokens per micro-batch
     context_tokens: int
     parts: dict[str, tuple[float, float]]
 
@@ -52,37 +54,53 @@ class Plan:
 
 
 def fit(model: str, room: float, quantize: str, context: int | None = None, slots: int | None = None,
-        token_budget: int | None = None) -> Plan | None:
-    """What is given stays; the rest is the longest context (the preset's, its half or quarter), then
-    the most slots (one a trajectory of a step), then the most tokens. None if even the least does not fit."""
+        token_budget: int | None = None, most_slots: int = 64, lora_rank: int = LORA_RANK) -> Plan | None:
+    """A plan below `room` GiB, None if there is none. Context, slots and token budget stay where they are given;
+    else they are the longest of CONTEXTS, then the most slots up to `most_slots`, then the most tokens."""
     config = model_config(model)
-    parameters = sum(parameter_counts(config))
-    nf4, preset = in_nf4(quantize, parameters, on_gpu=True), preset_for(parameters)
+    nf4 = in_nf4(quantize, sum(parameter_counts(config)), on_gpu=True)
+
+    def parts(slots, tokens, context):
+        return memory(config, nf4, slots, tokens, context, lora_rank)
 
     def fits(slots, tokens, context):
-        return max(map(sum, zip(*memory(config, nf4, slots, tokens, context).values()))) <= room
-    for context in [context] if context else [preset.context_tokens // n for n in (1, 2, 4)]:
-        least = max(token_budget or 0, context)             # a trajectory longer than the budget goes alone
-        if fits(slots or 1, least, context):
-            slots = slots or max(n for n in range(1, preset.groups * preset.group_size + 1)
-                                 if fits(n, least, context))
-            budget = token_budget or max(n for n in range(context, max(16384, context) + 1, 1024)
-                                         if fits(slots, n, context))
-            return Plan(slots, budget, context, memory(config, nf4, slots, max(budget, context), context))
+        return max(map(sum, zip(*parts(slots, tokens, context).values()))) <= room
+    for tokens in [context] if context else CONTEXTS:
+        least = max(token_budget or 0, tokens)              # a trajectory longer than the budget goes alone
+        if fits(slots or 1, least, tokens):
+            slots = slots or max(n for n in range(1, most_slots + 1) if fits(n, least, tokens))
+            budgets = range(tokens, max(MOST_TOKENS, tokens) + 1, 1024)
+            budget = token_budget or max(n for n in budgets if fits(slots, n, tokens))
+            return Plan(slots, budget, tokens, parts(slots, max(budget, tokens), tokens))
     return None
 
 
-def plan_memory(model: str, vram: float, quantize: str = "auto", **given) -> Plan:
+def plan_memory(model: str, vram: float, quantize: str = "auto", most_slots: int = 64, lora_rank: int = LORA_RANK,
+                **given) -> Plan:
     """How to use a card of `vram` GiB, of which 8 % stay free. given: the context, slots or token_budget that
-    the user asks for; where it is None the plan chooses. UserError, saying what fits, if this does not."""
+    the user asks for; where one is None the plan chooses. UserError, naming what would fit, if this does not."""
     room, given = 0.92 * vram, {name: value for name, value in given.items() if value}
-    if plan := fit(model, room, quantize, **given):
+    if plan := fit(model, room, quantize, most_slots=most_slots, lora_rank=lora_rank, **given):
         return plan
     others = [(model, quantize, {"context": given.get("context")}), (model, quantize, {}),
               *((other, "nf4", {}) for other in (model, *reversed(QWEN25)))]
-    fitting = [f"{other} (--quantize {kind}) with {plan.slots} slots, a context of {plan.context_tokens} and "
-               f"micro-batches of {plan.token_budget} tokens does"
-               for other, kind, kept in others if (plan := fit(other, room, kind, **kept))]
+    alternative = "no Qwen2.5 model does"
+    for other, kind, kept in others:
+        if plan := fit(other, room, kind, **kept):
+            alternative = (f"{other} (--quantize {kind}) with {plan.slots} slots, a context of {plan.context_tokens} "
+                           f"and micro-batches of {plan.token_budget} tokens does")
+            break
     asked = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
     raise UserError(f"{model} (--quantize {quantize}) with {asked or '2048 or more tokens of context'} does "
-                    f"not fit {vram:g} GiB; {(fitting or ['no Qwen2.5 model does'])[0]}")
+                    f"not fit {vram:g} GiB; {alternative}")
+
+
+def apply_plan(cfg, settled: set[str]):
+    """With --vram: context, slots and token budget that fit the card, where they are not settled."""
+    fixed = {name: getattr(cfg, name) for name in ("slots", "token_budget") if name in settled}
+    if "context_tokens" in settled:
+        fixed["context"] = cfg.context_tokens
+    plan = plan_memory(cfg.model, cfg.vram, cfg.quantize, cfg.groups * cfg.group_size, cfg.lora_rank, **fixed)
+    cfg.context_tokens, cfg.slots, cfg.token_budget = plan.context_tokens, plan.slots, plan.token_budget
+    if world()[0] == 0:
+        print(plan)

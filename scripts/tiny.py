@@ -104,7 +104,7 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
         value = eval(last, space)
         if not answers:
             result = CellResult("ok", value=repr(value))
-            glue = chat.between(chat.observation(result.observation(), TINY.observation_tokens), turn[-1])
+            glue = chat.between(chat.observation(result.observation(), TINY.settings["observation_tokens"]), turn[-1])
             ids, mask = ids + glue, mask + [0] * len(glue)
     right = str(answers[0]) == task.answer
     if right != (way == 0):     # a wrong way that happens to be right

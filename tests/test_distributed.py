@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from grpo import GRPOConfig, update, world
+from grpo import GRPOConfig, update
+from machinery.ranks import world
 from test_grpo import Keep, make_batch, stirred
 from test_policy import make_model
 

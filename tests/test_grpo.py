@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 import grpo
-from grpo import GRPOConfig, group_advantages, grpo_loss, normalisers, token_logps, update, warnings_for
+from grpo import LOSSES as TABLE, GRPOConfig, group_advantages, grpo_loss, k3, token_logps, update
+from machinery.console import warnings_for
 from meter import LiveBytes
 from policy import load_policy
 from reward import Reward
@@ -30,31 +31,39 @@ def reward(answer, execution=0.0):
     return Reward(total, answer, execution, "heuristic", False, False)
 
 
+def advantages(group, loss):
+    """The advantages alone; None without signal."""
+    found = group_advantages(group, GRPOConfig(loss=loss))
+    return found and found[0]
+
+
 def test_advantages_by_hand():
     # R = 1.1, 0.1, 0, 0: mean 0.3, deviations 0.8, -0.2, -0.3, -0.3, variance (0.64 + 0.04 + 0.09 + 0.09) / 4 = 0.215
     group = [reward(1.0, 1.0), reward(0.0, 1.0), reward(0.0), reward(0.0)]
     std = math.sqrt(0.215)
-    assert group_advantages(group, "dapo") == pytest.approx([0.8 / std, -0.2 / std, -0.3 / std, -0.3 / std])
-    assert group_advantages(group, "grpo") == group_advantages(group, "dapo")
-    assert group_advantages(group, "dr_grpo") == pytest.approx([0.8, -0.2, -0.3, -0.3])
+    assert advantages(group, "dapo") == pytest.approx([0.8 / std, -0.2 / std, -0.3 / std, -0.3 / std])
+    assert advantages(group, "grpo") == advantages(group, "dapo")
+    assert advantages(group, "dr_grpo") == pytest.approx([0.8, -0.2, -0.3, -0.3])
+    assert group_advantages(group, GRPOConfig(std_floor=2.0)) == (
+        pytest.approx([0.4, -0.1, -0.15, -0.15]), pytest.approx(std))
 
 
 def test_a_small_deviation_is_not_blown_up():
     group = [reward(0.52), reward(0.5)]  # std 0.01
-    assert group_advantages(group, "dapo") == pytest.approx([0.1, -0.1])
+    assert advantages(group, "dapo") == pytest.approx([0.1, -0.1])
 
 
 def test_only_answers_that_differ_are_signal():
-    assert group_advantages([reward(0.0, 1.0), reward(0.0, 0.0)], "dapo") is None  # the bonus alone
-    assert group_advantages([reward(1.0, 1.0), reward(1.0, 0.5)], "dapo") is None
-    assert group_advantages([reward(1.0)], "dapo") is None  # trap 6: a group of one has no baseline
-    assert group_advantages([reward(1.0), reward(None)], "dapo") is None
-    assert group_advantages([], "dapo") is None
+    assert advantages([reward(0.0, 1.0), reward(0.0, 0.0)], "dapo") is None  # the bonus alone
+    assert advantages([reward(1.0, 1.0), reward(1.0, 0.5)], "dapo") is None
+    assert advantages([reward(1.0)], "dapo") is None  # trap 6: a group of one has no baseline
+    assert advantages([reward(1.0), reward(None)], "dapo") is None
+    assert advantages([], "dapo") is None
 
 
 def test_failures_of_the_judge_take_no_part_and_failures_of_the_model_do():  # trap 6
-    judged = group_advantages([reward(1.0), reward(0.0), reward(0.0)], "dr_grpo")
-    with_failure = group_advantages([reward(1.0), reward(None), reward(0.0), reward(0.0)], "dr_grpo")
+    judged = advantages([reward(1.0), reward(0.0), reward(0.0)], "dr_grpo")
+    with_failure = advantages([reward(1.0), reward(None), reward(0.0), reward(0.0)], "dr_grpo")
     assert with_failure == [judged[0], None, judged[1], judged[2]] and judged[0] == pytest.approx(2 / 3)
 
 
@@ -103,7 +112,29 @@ def test_the_kl_by_hand():
     assert logp.grad.item() == pytest.approx(0.1 * 0.5)
 
 
-def slow_loss(l, old, behaviour, ref, advantage, mask, cfg):
+def test_the_kl_continues_as_its_tangent_and_its_gradient_never_dies():
+    d = torch.tensor([-40.0, -7.0, 0.0, 4.9, 5.0, 6.0, 40.0], dtype=torch.float64, requires_grad=True)
+    k = k3(d)
+    k.sum().backward()
+    tangent = [math.exp(5) - 6 + (math.exp(5) - 1) * x for x in (1, 35)]
+    expected = [math.exp(x) - x - 1 for x in (-40, -7, 0, 4.9, 5)] + tangent
+    assert k.tolist() == pytest.approx(expected)
+    slopes = [math.exp(x) - 1 for x in (-40, -7, 0, 4.9, 5, 5, 5)]
+    assert d.grad.tolist() == pytest.approx(slopes) and k.isfinite().all()
+    far = torch.tensor([1e4], requires_grad=True)
+    k3(far).sum().backward()
+    assert far.grad.item() == pytest.approx(math.exp(5) - 1)
+
+
+def test_rloo_is_one_more_row(monkeypatch):
+    """Leave-one-out: R_i minus the mean of the others is n / (n - 1) (R_i - mean)."""
+    def leave_one_out(deviations, std):
+        return [d * len(deviations) / (len(deviations) - 1) for d in deviations]
+    monkeypatch.setitem(TABLE, "rloo", TABLE["dr_grpo"]._replace(advantage=leave_one_out))
+    assert advantages([reward(1.0), reward(0.0), reward(0.0)], "rloo") == pytest.approx([1.0, -0.5, -0.5])
+
+
+def slow_loss(l, old, behaviour, ref, advantage, mask, cfg, token_limit):
     """The same equations, token by token in Python, written from the papers; no line shared with grpo.py."""
     high = {"dapo": 0.28, "grpo": 0.2, "dr_grpo": 0.2}[cfg.loss]
     tokens = [sum(row) for row in mask.tolist()]
@@ -126,13 +157,13 @@ def slow_loss(l, old, behaviour, ref, advantage, mask, cfg):
                 penalty = cfg.beta * (torch.exp(gap) - gap - 1)
             sequence = sequence - weight * (objective - penalty)
         total = total + (sequence / tokens[b] if cfg.loss == "grpo" else sequence)
-    return total / {"dapo": sum(tokens), "grpo": l.shape[0], "dr_grpo": l.shape[0] * cfg.token_limit}[cfg.loss]
+    return total / {"dapo": sum(tokens), "grpo": l.shape[0], "dr_grpo": l.shape[0] * token_limit}[cfg.loss]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_the_loss_and_its_gradient_equal_a_slow_reference(loss, beta):
-    cfg = GRPOConfig(loss=loss, beta=beta, token_limit=50)
+    cfg = GRPOConfig(loss=loss, beta=beta)
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
 
@@ -144,10 +175,10 @@ def test_the_loss_and_its_gradient_equal_a_slow_reference(loss, beta):
         mask[:, 0] = True
         ours = (old + noise(0.8)).requires_grad_()
         slow = ours.detach().clone().requires_grad_()
-        divisor = normalisers(cfg, mask.sum(1, keepdim=True).double(), mask.sum().item(), 5)
+        divisor = TABLE[loss].normaliser(mask.sum(1, keepdim=True).double(), mask.sum().item(), 5, 50)
         value, _ = grpo_loss(ours, old, behaviour, ref, advantage, mask, cfg, divisor)
         value.backward()
-        expected = slow_loss(slow, old, behaviour, ref, advantage, mask, cfg)
+        expected = slow_loss(slow, old, behaviour, ref, advantage, mask, cfg, 50)
         expected.backward()
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(ours.grad, slow.grad, rtol=1e-6, atol=1e-6)
@@ -304,10 +335,11 @@ def test_any_split_in_micro_batches_gives_the_gradient_and_the_loss_of_the_whole
 def test_the_update_equals_the_equations_on_one_padded_batch(folders):
     """The whole path, against the plain forward and the slow loss."""
     for loss in LOSSES:
-        cfg = GRPOConfig(loss=loss, beta=0.05, max_grad_norm=1e9, temperature=0.8, token_budget=200, token_limit=70)
+        cfg = GRPOConfig(loss=loss, beta=0.05, max_grad_norm=1e9, token_budget=200)
         policy = stirred(folders[True])
         batch = make_batch(policy, temperature=0.8)
-        ((grads,), stats, _), reference = run_update(folders[True], cfg, batch), stirred(folders[True])
+        (grads,), stats, _ = run_update(folders[True], cfg, batch, temperature=0.8, token_limit=70)
+        reference = stirred(folders[True])
         width = max(len(t.ids) for t, _ in batch)
 
         def pad(rows):
@@ -317,7 +349,7 @@ def test_the_update_equals_the_equations_on_one_padded_batch(folders):
         with torch.no_grad(), reference.reference():
             ref, _ = plain_logps(reference.model, ids, 0.8)
         behaviour, advantage = pad([t.logps for t, _ in batch]), torch.tensor([[a] for _, a in batch])
-        expected = slow_loss(logp, logp.detach(), behaviour, ref, advantage, mask, cfg)
+        expected = slow_loss(logp, logp.detach(), behaviour, ref, advantage, mask, cfg, 70)
         expected.backward()
         assert stats.loss == pytest.approx(expected.item(), rel=1e-4)
         assert stats.entropy == pytest.approx(entropy[mask].mean().item(), rel=1e-5)  # over sampled tokens, not padding
@@ -381,7 +413,7 @@ def test_sampler_and_scorer_are_compared_on_fresh_trajectories_only(folders):  #
     batch = make_batch(policy)
     _, stats, _ = run_update(folders[True], GRPOConfig(), batch)
     assert stats.mismatch_p99 < 1e-5 and stats.off_policy == 0
-    _, stats, _ = run_update(folders[True], GRPOConfig(temperature=0.5), batch)  # sampled at 1, scored at 0.5
+    _, stats, _ = run_update(folders[True], GRPOConfig(), batch, temperature=0.5)  # sampled at 1, scored at 0.5
     assert stats.mismatch_mean > 0.05 and stats.off_policy > 0.1
     stale = [(replace(t, logps=[x - 0.5 * m for x, m in zip(t.logps, t.mask)]), a) for t, a in batch[:4]] + batch[4:]
     _, stats, _ = run_update(folders[True], GRPOConfig(), stale, fresh=[False] * 4 + [True] * 8)

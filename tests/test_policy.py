@@ -214,7 +214,7 @@ def test_parameter_counts_are_the_models_own(tmp_path):
 
 def test_small_models_get_the_tiny_preset(folder):
     assert load_policy(str(folder)).preset.prompt == "short"
-    assert preset_for(7_600_000_000).lr == 1e-5 and preset_for(7_600_000_000).prompt == "full"
+    assert preset_for(7_600_000_000).settings["lr"] == 1e-5 and preset_for(7_600_000_000).prompt == "full"
 
 
 # ---------------------------------------------------------------------------------------------------- the memory plan

@@ -136,9 +136,8 @@ def tiny():
 
 
 def tiny_sampling(tiny, **changes):
-    p = tiny.preset
-    return Sampling(max_turns=p.max_turns, turn_tokens=p.turn_tokens, context_tokens=p.context_tokens,
-                    observation_tokens=p.observation_tokens, **changes)
+    limits = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+    return Sampling(**{name: tiny.preset.settings[name] for name in limits}, **changes)
 
 
 # -------------------------------------------------------------------------------------------------- exactness

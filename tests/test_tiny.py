@@ -84,8 +84,8 @@ def test_a_demonstration_reads_as_a_chat_and_fits_the_preset(chat, family, way):
     assert policy == "".join(c for r, c in roles if r == "assistant") and policy.startswith("Thought: ")
     turns = [chat.encode(c) for r, c in roles if r == "assistant"]
     assert sum(map(len, turns)) == sum(mask)
-    assert len(ids) < TINY.context_tokens - 64 and len(turns) <= TINY.max_turns
-    assert max(map(len, turns)) < TINY.turn_tokens and TINY.prompt == "short"
+    assert len(ids) < TINY.settings["context_tokens"] - 64 and len(turns) <= TINY.settings["max_turns"]
+    assert max(map(len, turns)) < TINY.settings["turn_tokens"] and TINY.prompt == "short"
     assert "tokens left out" not in text
 
 
@@ -116,8 +116,8 @@ def test_the_executor_shows_what_the_demonstrations_show(chat):
 
 def success(policy, tasks: list[Task], temperature: float) -> tuple[float, float]:
     """(share of right answers, share of turns whose code ran), through the rollout and the executor."""
-    sampling = Sampling(temperature=temperature, max_turns=TINY.max_turns, turn_tokens=TINY.turn_tokens,
-                        context_tokens=TINY.context_tokens, observation_tokens=TINY.observation_tokens)
+    sampling = Sampling(temperature=temperature, max_turns=TINY.settings["max_turns"], turn_tokens=TINY.settings["turn_tokens"],
+                        context_tokens=TINY.settings["context_tokens"], observation_tokens=TINY.settings["observation_tokens"])
     with Executor() as executor:
         found = [group[0] for group in rollout(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, seed=0)]
     statuses = [turn.status for t in found for turn in t.turns]

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from machinery import checkpoint, console
 from tasks import builtin_tasks
 from train import Config, learning_rate, parse_args
 
@@ -83,7 +84,7 @@ def test_a_stranger_loads_the_adapter(finished):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         ids = tokenizer("What is 3 * 4?", return_tensors="pt").input_ids
         assert model(input_ids=ids).logits.shape[:2] == ids.shape
-    newest = load_file(train.latest_state(finished) / "adapter_model.safetensors")
+    newest = load_file(checkpoint.latest_state(finished) / "adapter_model.safetensors")
     published = load_file(finished / "adapter_model.safetensors")
     assert all(torch.equal(newest[name], published[name]) for name in newest)
 
@@ -110,7 +111,7 @@ def same_run(one: Path, two: Path):
     for name in ("metrics.jsonl", "trajectories.jsonl"):
         assert untimed(lines(one / name)) == untimed(lines(two / name)), name
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "queue-0.safetensors"):
-        a, b = (load_file(train.latest_state(out) / name) for out in (one, two))
+        a, b = (load_file(checkpoint.latest_state(out) / name) for out in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
@@ -152,7 +153,7 @@ def test_ctrl_c_ends_at_once_with_a_way_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130 and f"--resume --out {out}" in errors and "Traceback" not in errors
-    assert train.latest_state(out)
+    assert checkpoint.latest_state(out)
 
 
 @pytest.mark.slow
@@ -192,9 +193,9 @@ def test_an_optimiser_goes_on_where_it_was(tmp_path, kind):
         optimizer.step()
     one, two = (kind([torch.nn.Parameter(p.clone()) for p in start], lr=1e-2) for _ in range(2))
     step(one)
-    tensors, scalars = train.pack_optimizer(one)
-    train.save_file(tensors, tmp_path / "optimizer.safetensors")
-    train.unpack_optimizer(two, load_file(tmp_path / "optimizer.safetensors"), json.loads(json.dumps(scalars)))
+    tensors, scalars = checkpoint.pack_optimizer(one)
+    checkpoint.save_file(tensors, tmp_path / "optimizer.safetensors")
+    checkpoint.unpack_optimizer(two, load_file(tmp_path / "optimizer.safetensors"), json.loads(json.dumps(scalars)))
     for a, b in zip(one.param_groups[0]["params"], two.param_groups[0]["params"]):
         b.data.copy_(a.data)
     for optimizer in (one, two):
@@ -243,7 +244,7 @@ def test_a_process_that_fails_ends_them_all(tmp_path, error):
     done = subprocess.run([*TORCHRUN, script, "--out", str(tmp_path / "out"), "--steps", "1", *SMALL, "--groups", "2"],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "error: " in done.stderr and "local_rank: 1" in done.stderr
-    assert train.latest_state(tmp_path / "out").name == "step-000000"
+    assert checkpoint.latest_state(tmp_path / "out").name == "step-000000"
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -263,7 +264,7 @@ def test_unknown_flags_and_values(capsys, tmp_path):
     assert "no-such.jsonl" in fails(capsys, *out, "--data", tmp_path / "no-such.jsonl")
     assert "no checkpoint" in fails(capsys, *out, "--resume")
     for flag, value in (("--groups", 0), ("--eval-every", 0), ("--show-every", -1), ("--temperature", "0"),
-                        ("--half-life", "0"), ("--eval-tasks", 0), ("--minibatches", 0)):
+                        ("--half-life", "0"), ("--eval-tasks", 0), ("--minibatches", 0), ("--lr", "nan")):
         assert f"{flag} {value}" in fails(capsys, *out, flag, value)
     for flag in ("--quantize", "--schedule", "--sandbox"):
         assert f"{flag}: invalid choice: 'x'" in fails(capsys, *out, flag, "x")
@@ -290,7 +291,8 @@ def test_vram_plans_around_what_was_given(capsys, monkeypatch, tmp_path):
 def test_another_card_on_resume_is_planned_again(finished):
     old = json.loads((finished / "run.json").read_text())["config"]
     cfg = train.resumed(*parse_args(["--resume", "--out", str(finished), "--vram", "16"]))
-    assert cfg.slots is cfg.token_budget is None and cfg.context_tokens == old["context_tokens"] == 512
+    assert cfg.slots is None and cfg.token_budget == Config.token_budget
+    assert cfg.context_tokens == old["context_tokens"] == 512
     cfg = train.resumed(*parse_args(["--resume", "--out", str(finished), "--vram", "16", "--slots", "3"]))
     assert cfg.slots == 3
 
@@ -320,7 +322,7 @@ def test_resume_refuses_other_settings(capsys, finished):
 def test_nothing_is_overwritten(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(train, "train", lambda run: None)             # only the beginning of a run matters here
-    monkeypatch.setattr(train, "report", lambda run: None)
+    monkeypatch.setattr(console, "report", lambda run: None)
     for _ in range(3):
         assert run("--out", out, *SMALL) == 0
     assert (tmp_path / "out.1" / "run.json").exists() and (tmp_path / "out.2" / "run.json").exists()
@@ -335,17 +337,17 @@ def test_a_kill_at_the_very_beginning_leaves_a_folder_that_can_be_used(tmp_path,
     def killed(*_):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_adapter", killed)
+        patch.setattr(checkpoint, "save_adapter", killed)
         assert run("--out", tmp_path / "out", *SMALL) == 130
     monkeypatch.setattr(train, "train", lambda run: None)
-    monkeypatch.setattr(train, "report", lambda run: None)
+    monkeypatch.setattr(console, "report", lambda run: None)
     assert run("--out", tmp_path / "out", *SMALL) == 0 and (tmp_path / "out.1").exists()
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--out", out, "--steps", 1, *SMALL) == 0
-    before = train.latest_state(out)
+    before = checkpoint.latest_state(out)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))    # no file may grow beyond 100 kB: writes fail
     try:
@@ -353,7 +355,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert code == 2 and "make room" in capsys.readouterr().err
-    assert train.latest_state(out) == before and not (out / "state" / "partial").exists()
+    assert checkpoint.latest_state(out) == before and not (out / "state" / "partial").exists()
     assert run("--out", out, "--resume", "--steps", 2) == 0
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2]
 
@@ -410,11 +412,36 @@ def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- small parts
-def test_every_flag_has_an_effect():
-    """Trap 11: each field of Config is read somewhere in train.py beyond its definition."""
-    tree = ast.parse((ROOT / "train.py").read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+def test_every_setting_has_an_effect():
+    """Trap 11: each field of Config is read somewhere beyond its definition."""
+    read = set()
+    for file in [*ROOT.glob("*.py"), *(ROOT / "machinery").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
     assert {f.name for f in fields(Config)} <= read
+
+
+def test_a_setting_has_one_definition():
+    """Sampling and GRPOConfig are sections of Config, not copies; presets name only what differs."""
+    from policy import TINY, preset_for
+    sections = [section for section in Config.__mro__[1:] if section is not object]
+    names = [name for section in sections for name in section.__annotations__]
+    assert len(names) == len(set(names)) == len(fields(Config)) and len(sections) == 6
+    assert {"Sampling", "GRPOConfig"} <= {section.__name__ for section in sections}
+    for preset in (TINY, preset_for(7_600_000_000)):
+        assert preset.settings.keys() <= set(names)
+
+
+def test_choices_without_a_flag_are_set_by_name_and_checked(capsys, tmp_path):
+    cfg, given = parse_args(["--set", "dual_clip=5", "--set", "eps_high=0.3", "--set", "lora_rank=8"])
+    assert (cfg.dual_clip, cfg.clip, cfg.lora_rank) == (5.0, (0.2, 0.3), 8)
+    assert given == {"dual_clip", "eps_high", "lora_rank"}
+    for assignment, words in (("dual_clip", "no float"), ("dual_clip=x", "no float"), ("lora_rank=1.5", "no int"),
+                              ("std_floor=-1", "--set std_floor -1.0: it must be more than 0"), ("lr=1", "has a flag"),
+                              ("truncation=nan", "more than 0"), ("colour=red", "FIELD is one of")):
+        assert words in fails(capsys, "--out", tmp_path / "out", "--set", assignment)
+    assert not (tmp_path / "out").exists()
 
 
 def test_given_flags_are_told_from_defaults():

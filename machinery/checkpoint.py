@@ -1,0 +1,246 @@
+"""What a run writes, so that a kill at any moment loses nothing: checkpoints and logs.
+
+Owns `save` and `restore`, the published adapters (out/, out/best/), the lines of the logs, and the folder of a new run.
+`run` is train.Run, known here by its attributes alone. Read in this order: `save`, `restore`, the packing of the queue
+and of the optimiser.
+
+out/state/step-N/ holds all of a step as safetensors and JSON (no pickle); the two newest are kept. A checkpoint is
+written into a folder `partial` and then renamed. It holds the lengths of the logs, which `restore` cuts back to them.
+"""
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from machinery.cli import UserError, flag_name
+from machinery.ranks import barrier, everyone
+from policy import save_adapter
+
+PROGRESS = ("step", "position", "online", "best", "before", "pending")
+PER_TOKEN = ("ids", "mask", "logps")                 # of a trajectory: stored as tensors, left out of the text
+KINDS = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}
+LOGS = ("metrics.jsonl", "trajectories.jsonl")
+
+
+@contextlib.contextmanager
+def writing(out: Path, part: Path | None = None):
+    """What a full disk or a forbidden folder raises, as one line; the unfinished folder `part` is removed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"cannot write ({error}); the last checkpoint is whole: make room, then python train.py "
+                        f"--resume --out {out}") from error
+
+
+def append(run, name: str, rows: list[dict]):
+    """Add lines of JSON to a log."""
+    with writing(run.out), (run.out / name).open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def log_trajectories(run, groups: list):
+    """Every trajectory as a line of trajectories.jsonl, without what there is per token."""
+    rows = []
+    for group in groups:
+        advantages = group.advantages or [None] * len(group.trajectories)
+        for t, reward, a in zip(group.trajectories, group.rewards, advantages):
+            light = {k: v for k, v in t.to_dict().items() if k not in PER_TOKEN}
+            rows.append({"step": run.step, "task": group.task.id, "question": group.task.question,
+                         "expected": group.task.answer, "reward": asdict(reward), "advantage": a, **light})
+    for part in everyone(rows):
+        if run.main:
+            append(run, "trajectories.jsonl", part)
+
+
+def write_synced(path: Path, text: str):
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def new_folder(out: Path):
+    """Make the folder of a run. An older run in it is moved aside: nothing is ever overwritten."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / "run.json").exists():
+            raise UserError(f"--out {out} is not empty and holds no run of train.py: name another folder")
+        free = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
+        out.rename(f"{out}.{free}")
+        print(f"{out} held another run: it was moved to {out}.{free}")
+    (out / "best").mkdir(parents=True)
+
+
+def cpu_seconds(run) -> float:
+    t = os.times()
+    return run.cpu_seconds + t.user + t.system + t.children_user + t.children_system
+
+
+# ------------------------------------------------------------------------------------------------- a run's beginning
+def begin(run, inherited: dict):
+    """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
+    if run.main:
+        with writing(run.out):
+            new_folder(run.out)
+            for folder in (run.out, run.out / "best"):           # run.json first: new_folder knows a run by it
+                write_synced(folder / "run.json", json.dumps(inherited, indent=1))
+                save_adapter(run.policy, folder)
+    save(run)
+
+
+RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every",    # may differ on --resume
+             "vram", "slots", "token_budget"}                                   # these only bound memory
+
+
+def resumed(cfg, given: set[str]):
+    """The configuration of the run in --out. UserError if a setting that shapes the run was given another value."""
+    latest_state(Path(cfg.out))
+    old = json.loads((Path(cfg.out) / "run.json").read_text())["config"]
+    for name in sorted(given - RESUMABLE):
+        if getattr(cfg, name) != old[name]:
+            raise UserError(f"--resume: the run in {cfg.out} was started with {flag_name(name)} {old[name]}, not "
+                            f"{getattr(cfg, name)}; only --steps, --max-hours and the like may change")
+    if "vram" in given:                                      # another card: what only bounds memory is planned again
+        old |= {"slots": None, "token_budget": type(cfg).token_budget}
+    return type(cfg)(**{**old, **{name: getattr(cfg, name) for name in given}})
+
+
+# ------------------------------------------------------------------------------------------------ save and restore
+def save(run):
+    """Write the checkpoint of run.step into a new folder and rename it. Then the adapter in out/ is replaced by it."""
+    states = run.out / "state"
+    part, whole = states / "partial", states / f"step-{run.step:06d}"
+    with writing(run.out, part):
+        if run.main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        barrier()                                   # the folder is there
+        tensors, entries = pack_queue(run.queue)
+        save_file(tensors, part / f"queue-{run.rank}.safetensors")
+        write_synced(part / f"queue-{run.rank}.json", json.dumps(entries))
+        if run.main:
+            save_shared(run, part)
+        barrier()                                   # all is written
+        if run.main:
+            part.rename(whole)
+            publish(run, whole, run.out)
+            for old in sorted(states.glob("step-*"))[:-2]:
+                shutil.rmtree(old)
+
+
+def save_shared(run, part: Path):
+    """What all ranks share: the adapter, the optimiser, the progress."""
+    weights = get_peft_model_state_dict(run.policy.model, save_embedding_layers=False)    # "auto" asks the hub
+    save_file(weights, part / "adapter_model.safetensors")
+    tensors, scalars = pack_optimizer(run.optimizer)
+    save_file(tensors, part / "optimizer.safetensors")
+    logs = {name: run.out / name for name in LOGS}
+    state = {name: getattr(run, name) for name in PROGRESS}
+    state |= {"seconds": run.elapsed(), "cpu_seconds": cpu_seconds(run), "optimizer": scalars, "ranks": run.size,
+              "logs": {name: file.stat().st_size if file.exists() else 0 for name, file in logs.items()}}
+    write_synced(part / "state.json", json.dumps(state))
+
+
+def publish(run, state: Path, folder: Path):
+    """Replace the adapter's weights in `folder` by those of a checkpoint, in one step."""
+    with writing(run.out):
+        shutil.copyfile(state / "adapter_model.safetensors", folder / "adapter.partial")
+        os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
+
+
+def keep_best(run):
+    """out/best/: the adapter that was best on the quick held-out tasks, greedy and sampled together."""
+    if run.pending["heldout_quick"] > run.best:
+        run.best = run.pending["heldout_quick"]
+        if run.main:
+            publish(run, latest_state(run.out), run.out / "best")
+
+
+def latest_state(out: Path) -> Path:
+    states = sorted((out / "state").glob("step-*"))
+    if not states:
+        raise UserError(f"--resume: {out} holds no checkpoint; without --resume a new run begins")
+    return states[-1]
+
+
+def restore(run, make_group):
+    """Continue from the newest checkpoint: weights, optimiser, queue, counters; the logs are cut back to it.
+
+    make_group: (task id, trajectories as dicts, step, advantages) -> a group of the queue.
+    """
+    folder = latest_state(run.out)
+    state = json.loads((folder / "state.json").read_text())
+    if state["ranks"] != run.size:
+        raise UserError(f"--resume: the run had {state['ranks']} processes, this one has {run.size}; each has its own "
+                        f"queue, so use torchrun --nproc-per-node {state['ranks']}")
+    set_peft_model_state_dict(run.policy.model, load_file(folder / "adapter_model.safetensors"))
+    unpack_optimizer(run.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+    tensors = load_file(folder / f"queue-{run.rank}.safetensors")
+    packed = json.loads((folder / f"queue-{run.rank}.json").read_text())
+    run.queue.load_state_dict(unpack_queue(tensors, packed, make_group))
+    for name in (*PROGRESS, "seconds", "cpu_seconds"):
+        setattr(run, name, state[name])
+    if run.main:
+        for name, size in state["logs"].items():
+            if (run.out / name).exists():
+                os.truncate(run.out / name, size)
+        publish(run, folder, run.out)
+    barrier()                                       # the logs are cut
+    if (run.out / "metrics.jsonl").exists():
+        run.history = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    run.say(f"resumed {run.out} after step {run.step}")
+
+
+# --------------------------------------------------------------------------------- as tensors (safetensors) and JSON
+def pack_queue(sample_queue) -> tuple[dict, dict]:
+    """(tensors, JSON). Per group its trajectories' ids, masks and log-probs end to end; everything else as text."""
+    state, tensors, entries = sample_queue.state_dict(), {}, []
+    for i, entry in enumerate(state["entries"]):
+        group = entry.pop("group")
+        trajectories, advantages = zip(*group.batch())
+        for key, kind in KINDS.items():
+            tensors[f"{i}.{key}"] = torch.tensor([x for t in trajectories for x in getattr(t, key)], dtype=kind)
+        light = [{k: v for k, v in t.to_dict().items() if k not in PER_TOKEN} for t in trajectories]
+        entries.append({"task": group.task.id, "trajectories": light, "advantages": list(advantages),
+                        "lengths": [len(t.ids) for t in trajectories], **entry})
+    return tensors, {"entries": entries, "counts": state["counts"]}
+
+
+def unpack_queue(tensors: dict, packed: dict, make_group) -> dict:
+    """The inverse of pack_queue."""
+    entries = []
+    for i, entry in enumerate(packed["entries"]):
+        lengths, light = entry.pop("lengths"), entry.pop("trajectories")
+        columns = {key: tensors[f"{i}.{key}"].split(lengths) for key in PER_TOKEN}
+        whole = [t | {key: columns[key][j].tolist() for key in columns} for j, t in enumerate(light)]
+        group = make_group(entry.pop("task"), whole, entry["step"], entry.pop("advantages"))
+        entries.append({"group": group, **entry})
+    return {"entries": entries, "counts": packed["counts"]}
+
+
+def pack_optimizer(optimizer) -> tuple[dict, dict]:
+    """(tensors, scalars) of the optimiser's state, named parameter.key; works for torch's and bitsandbytes' AdamW.
+
+    Not of its state_dict(): in that of bitsandbytes the 8-bit tensors are nested. They also share one code book.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = {f"{i}.{k}": v for i, p in enumerate(parameters) for k, v in optimizer.state.get(p, {}).items()}
+    tensors = {k: v.cpu().contiguous().clone() for k, v in flat.items() if isinstance(v, torch.Tensor)}
+    return tensors, {k: v for k, v in flat.items() if k not in tensors}
+
+
+def unpack_optimizer(optimizer, tensors: dict, scalars: dict):
+    """The inverse of pack_optimizer."""
+    state: dict[int, dict] = {}
+    for name, value in {**tensors, **scalars}.items():
+        parameter, key = name.split(".", 1)
+        state.setdefault(int(parameter), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,198 @@
+"""What a training run measures and prints: metrics per step, the estimate, warnings, the probe and the final table.
+
+`run` is train.Run, known here by its attributes alone.
+"""
+import math
+import time
+from collections.abc import Sequence
+from statistics import fmean
+
+from machinery.checkpoint import cpu_seconds
+from machinery.ranks import everyone
+
+class Clock(dict):
+    """Seconds per phase; `tokens` counts what was sampled."""
+    def __init__(self):
+        super().__init__(sampling=0.0, tools=0.0, judging=0.0, update=0.0, tokens=0)
+        self.last = self["begin"] = time.perf_counter()
+
+    def lap(self, phase: str):
+        now = time.perf_counter()
+        self[phase] += now - self.last
+        self.last = now
+
+
+UPDATE_NUMBERS = ("entropy", "kl", "clip_fraction", "off_policy", "loss", "grad_norm", "mismatch_mean", "mismatch_p99")
+NUMBERS = ("reward", "accuracy", "exec_rate", "turns", *UPDATE_NUMBERS, "signal_share", "replayed", "judge_failed",
+           "judge_unsure", "cut_share", "queue_size", "queue_age", "lr", "tokens_per_second", "seconds")
+
+
+def mean(values) -> float | None:
+    values = [v for v in values if v is not None]
+    return fmean(values) if values else None
+
+
+def step_metrics(run, groups: Sequence, fresh: Sequence, replayed: Sequence, stats) -> dict:
+    """The step's numbers, averaged over all ranks; behaviour is that of the fresh trajectories, before the update."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    rewards = [r for g in groups for r in g.rewards]
+    judged = [r for r in rewards if r.total is not None]
+    mine = {
+        "step": run.step,
+        "reward": mean(r.total for r in judged),
+        "accuracy": mean(float(r.answer == 1) for r in judged),
+        "exec_rate": mean(r.execution for r in judged),
+        "turns": mean(len(t.turns) for t in trajectories),
+        **{name: getattr(stats, name) for name in UPDATE_NUMBERS},
+        "signal_share": len(fresh) / len(groups),
+        "replayed": len(replayed),
+        "judge_failed": len(rewards) - len(judged),
+        "judge_unsure": sum(r.unsure for r in rewards),
+        "cut_share": mean(t.stop_reason in ("length", "context_limit") for t in trajectories),
+        **run.queue.stats(run.step),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "tokens_per_second": run.clock["tokens"] / run.clock["sampling"],
+        "seconds": time.perf_counter() - run.clock["begin"],
+    }
+    each = everyone(mine)
+    metrics = {key: mean(m[key] for m in each) for key in mine}
+    metrics |= {"step": run.step, "online_trajectories": run.online}
+    metrics |= {f"seconds_{phase}": run.clock[phase] for phase in ("sampling", "tools", "judging", "update")}
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+
+
+# --------------------------------------------------------------------------------------------------- what is printed
+STEP_LINE = (
+    "step {step:3d} | reward {reward:.3f} accuracy {accuracy:.3f} code ran {exec_rate:.2f} turns {turns:.1f} | "
+    "entropy {entropy:.3f} kl {kl:.4f} clip {clip_fraction:.3f} off-policy {off_policy:.3f} | "
+    "signal {signal_share:.2f} queue {queue_size:.0f} (age {queue_age:.1f}, {replayed:.0f} replayed) "
+    "online {online_trajectories} | {tokens_per_second:.0f} tok/s, seconds: sampling {seconds_sampling:.1f} "
+    "tools {seconds_tools:.1f} update {seconds_update:.1f}")
+
+
+def show_step(run):
+    """The step's line, its warnings, the held-out accuracy."""
+    m = run.pending
+    if run.step:
+        run.say(STEP_LINE.format(**{k: float("nan") if v is None else v for k, v in m.items()}))
+        for warning in warnings_for(run.history):
+            run.say(f"  warning: {warning}")
+    if "heldout_greedy" in m:
+        hard = "" if m["heldout_hard"] is None else f", hard {m['heldout_hard']:.3f}"
+        run.say(f"  held-out ({m['heldout_n']} tasks): greedy {m['heldout_greedy']:.3f} "
+                f"sampled {m['heldout_sampled']:.3f}{hard}  [{m['evaluation_seconds']:.0f} s]")
+    if run.step == 2:
+        estimate(run)
+
+
+def estimate(run):
+    """Hours per phase, from what is measured so far: the first evaluation, or the second step."""
+    cfg, evaluation_seconds, left = run.cfg, run.before["evaluation_seconds"], run.cfg.steps - run.step
+    if run.step == 0:
+        sampling = evaluation_seconds / (3 * len(run.heldout)) * cfg.groups * cfg.group_size
+        update, update_text = sampling, "update not measured yet, taken as sampling"
+    else:
+        m = run.history[-1]
+        sampling, update = m["seconds_sampling"] + m["seconds_judging"], m["seconds_update"]
+        update_text = f"update {left * update / 3600:.2f} h"
+    evaluating = evaluation_seconds * (1 + left // cfg.eval_every / 8)
+    total = left * (sampling + update) + evaluating
+    in_time = f" (ends in time for --max-hours {cfg.max_hours})" if cfg.max_hours else ""
+    run.say(f"estimate for {left} steps: sampling {left * sampling / 3600:.2f} h, {update_text}, "
+            f"evaluation {evaluating / 3600:.2f} h, in all {total / 3600:.2f} h{in_time}")
+
+
+def out_of_time(run) -> bool:
+    """Would another step and the last evaluation end after --max-hours? All ranks follow rank 0's answer."""
+    if run.cfg.max_hours is None or not run.history:
+        return False
+    spent = time.monotonic() - run.started
+    longest = max([m["seconds"] for m in run.history[1:]], default=0)
+    needed = longest + run.history[0]["evaluation_seconds"]
+    return everyone(spent + 1.2 * needed > run.cfg.max_hours * 3600)[0]
+
+
+def as_text(task, trajectory, reward) -> str:
+    """A whole trajectory as a person reads it."""
+    lines = [f"--- {task.id}: {task.question}"]
+    for turn in trajectory.turns:
+        lines.append(turn.text.strip())
+        if turn.observation:
+            lines.append(f"Observation: {turn.observation.strip()}")
+    lines.append(f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop {trajectory.stop_reason}, "
+                 f"reward {reward.total}")
+    return "\n".join(lines)
+
+
+def show_trajectory(run, group):
+    """Every show_every-th step: one whole trajectory, as text."""
+    if (run.step - 1) % run.cfg.show_every == 0:
+        run.say(as_text(group.task, group.trajectories[0], group.rewards[0]))
+
+
+def report(run):
+    """Accuracy before and after, per family, and where everything lies."""
+    after, before, names = run.history[-1], run.before, ("greedy", "sampled", "pass@8")
+    rows = [("family", "n", "greedy", "", "sampled", "", "pass@8", "")]
+    for family, new in after["heldout_families"].items():
+        old, mark = before["heldout_families"][family], " (hard)" if family in run.hard else ""
+        pairs = [x for name in names for x in (old[name], new[name])]
+        rows.append(((family or "(no family)") + mark, new["n"], *pairs))
+    rows.append(("ALL CORE", after["heldout_n"], before["heldout_greedy"], after["heldout_greedy"],
+                 before["heldout_sampled"], after["heldout_sampled"], before["heldout_pass8"], after["heldout_pass8"]))
+    run.say("\nheld-out accuracy, before -> after" + ("" if run.cfg.data else " (entities never seen in training)"))
+    for row in rows:
+        cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in row]
+        run.say(f"{cells[0]:24s} {cells[1]:>4s}   {cells[2]:>6s} -> {cells[3]:<6s} {cells[4]:>7s} -> {cells[5]:<6s} "
+                f"{cells[6]:>6s} -> {cells[7]:<6s}")
+    run.say(f"{run.step} steps, {run.online} trajectories sampled, {run.elapsed() / 60:.1f} minutes of wall time, "
+            f"{cpu_seconds(run):.0f} CPU-seconds of the trainer, the sandbox apart")
+    run.say(f"adapter {run.out}/  best {run.out}/best/  metrics {run.out}/metrics.jsonl  "
+            f"trajectories {run.out}/trajectories.jsonl\nevaluate it: python eval_gaia.py --ckpt {run.out}")
+
+
+def show_probe(run, groups: Sequence):
+    """How often the untrained model is right, how many groups carry signal, and how long a run would take."""
+    cfg, counts = run.cfg, [sum(r.answer == 1 for r in g.rewards) for g in groups]
+    run.say(f"\n{cfg.probe} tasks x {cfg.group_size}: trajectories right of {cfg.group_size}, tasks")
+    for right in range(cfg.group_size + 1):
+        n = counts.count(right)
+        run.say(f"  {right:2d}  {n:4d}  {'#' * math.ceil(50 * n / len(counts))}")
+    trajectories = [t for g in groups for t in g.trajectories]
+    signal = sum(g.advantages is not None for g in groups) / len(groups)
+    run.say(f"groups with signal {signal:.2f}, tokens per trajectory "
+            f"{fmean(len(t.ids) for t in trajectories):.0f} (sampled {fmean(sum(t.mask) for t in trajectories):.0f})")
+    batches = cfg.steps * run.groups / cfg.probe
+    hours = {phase: run.clock[phase] * batches / 3600 for phase in ("sampling", "judging", "update")}
+    run.say(f"a run of {cfg.steps} steps: " + ", ".join(f"{phase} {h:.2f} h" for phase, h in hours.items())
+            + f", in all {sum(hours.values()):.2f} h, evaluations apart")
+    if signal < 0.2:
+        run.say("few groups carry signal: choose tasks that the model solves sometimes (see --difficulty)")
+
+
+# --------------------------------------------------------------------------------------------- early warnings
+BOUNDS = (      # (metric, what is wrong about its mean over the last three steps, in words)
+    ("exec_rate", lambda now, then: now < then / 2, "tool use collapses: code ran {then:.0%} -> {now:.0%}"),
+    ("entropy", lambda now, then: now < then / 10, "entropy collapses: {then:.3f} -> {now:.3f}; lower lr"),
+    ("kl", lambda now, then: now > 0.5, "KL to the reference is {now:.2f} per token; raise beta or lower lr"),
+    ("clip_fraction", lambda now, then: now > 0.3, "{now:.0%} of tokens are clipped; lower lr"),
+    ("mismatch_mean", lambda now, then: now > 0.05, "sampler and scorer differ by {now:.3f} per token"),
+    ("signal_share", lambda now, then: now == 0, "no group has both right and wrong answers"),
+)
+
+
+def bad_signs(history: Sequence[dict]) -> dict[str, str]:
+    """{metric: what is wrong}; now is the mean of its last three steps, then that of its first three."""
+    found = {}
+    for key, wrong, text in BOUNDS:
+        values = [m[key] for m in history if m.get(key) is not None]
+        then, now = sum(values[:3]) / 3, sum(values[-3:]) / 3
+        if len(values) >= 3 and wrong(now, then):
+            found[key] = text.format(now=now, then=then)
+    return found
+
+
+def warnings_for(history: Sequence[dict]) -> list[str]:
+    """What is wrong after the last step of `history` (metrics) and was not yet wrong before it."""
+    before = bad_signs(history[:-1])
+    return [text for key, text in bad_signs(history).items() if key not in before]

@@ -1,0 +1,35 @@
+"""The log-probs of chosen tokens without their logits: what `grpo.token_logps` calls at a vocabulary of 152,064."""
+import torch
+
+
+class HeadLogps(torch.autograd.Function):
+    """log softmax(W h / temperature)[target] and its entropy, holding one chunk of logits at a time.
+
+    A log-prob depends on its own h alone, so its gradient is one vector, known in the forward pass already:
+        d logp / d h = W^T (onehot(target) - softmax) / temperature      (H,)
+    Keeping that costs what keeping h costs. Checkpointing would compute all logits again; this takes two
+    matrix products, as many as the naive way. It needs a frozen head, and under LoRA the head is frozen.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):                      # (N, H), (V, H), (N,)
+        logps, entropies, jacobians = [], [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):                     # (n, H), (n,)
+            logp = (h @ weight.T).float().div_(temperature).log_softmax(-1)     # (n, V), fp32: bf16 is off by 0.07
+            p = logp.exp()
+            logps.append(logp.gather(1, y[:, None])[:, 0])
+            entropies.append(-torch.bmm(p[:, None], logp[:, :, None])[:, 0, 0])
+            del logp
+            if ctx.needs_input_grad[0]:
+                p.neg_()[torch.arange(len(y), device=y.device), y] += 1    # in fp32: p near 1 cancels exactly
+                jacobians.append((p.to(weight.dtype) @ weight) / temperature)           # (n, H)
+        if jacobians:
+            ctx.save_for_backward(torch.cat(jacobians))
+        logp, entropy = torch.cat(logps), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy                                                            # (N,), (N,)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logp, _):
+        jacobian, = ctx.saved_tensors
+        return (grad_logp[:, None] * jacobian).to(jacobian.dtype), None, None, None, None
