@@ -2,6 +2,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import field
 
 
 class UserError(Exception):
@@ -13,6 +14,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def option(default, help: str, choices: tuple | None = None, zero: bool = False, flag: bool = True):
+    """A field of a configuration. zero: whether 0 is allowed; numbers are never negative. flag: False if only --set sets it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "zero": zero, "flag": flag})
 
 
 def exit_status(command: Callable[[], None]) -> int:
