@@ -271,14 +271,14 @@ def sample_plainly(model, episodes: list, context: int, temperature: float):
 def sample_trajectory(model, episode, context: int, temperature: float):
     """ids, mask and logps of one trajectory: at most `context` tokens."""
     uniforms = torch.from_numpy(episode.uniforms(context)).to(model.device)             # (context,)
-    ids, mask, logps, forced = [], [], [], episode.prompt
+    ids, mask, logps, forced = [], [], [], episode.prompt       # forced: tokens that the policy does not choose
     cache, cached = None, 0             # the keys and values of the first `cached` tokens
     while forced:
         ids, mask, logps = ids + forced, mask + [0] * len(forced), logps + [0.0] * len(forced)
         start, ended = len(ids), False
         limit = min(start + episode.turn_tokens, context)
         while not ended and len(ids) < limit:
-            new_ids = torch.tensor([ids[cached:]], device=model.device)                 # (1, n)
+            new_ids = torch.tensor([ids[cached:]], device=model.device)     # (1, n): forced tokens or the last one
             out = model(input_ids=new_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, cached = out.past_key_values, len(ids)
             token, logp = sample_tokens(out.logits[:, -1], temperature, uniforms[cached:cached + 1])

@@ -6,7 +6,7 @@ Engine. It knows episodes by their interface alone.
 B slots hold one trajectory each; their keys and values lie in one preallocated cache. A tick is one forward of the
 model. It takes from each slot the tokens that are not forwarded yet: the token sampled last, or a chunk of a prompt
 or of an observation. All these tokens lie end to end in ONE row of N tokens, so the linear layers see no padding.
-Only attention knows of slots: it is a function of our own, registered with transformers, for all language models
+Only attention knows of slots: it is the function `attend`, registered with transformers, for all language models
 that look their attention up by name, wrapped by PEFT or not, quantised or not.
 * The prompt of a group is forwarded once. Its other slots copy the keys and values and forward the last token.
 * Code and tools run in threads while other slots decode. A free slot gets the next trajectory at once.
@@ -109,7 +109,7 @@ AttentionInterface.register("rollout-note", note_call)
 
 @contextlib.contextmanager
 def sampling_mode(model, deterministic: bool) -> Iterator[None]:
-    """Eval mode, no gradients, one thread if deterministic; afterwards all as before. For the plain way, too."""
+    """Eval mode, no gradients, one thread if deterministic; afterwards all as before. Both ways to sample need it."""
     training, threads = model.training, torch.get_num_threads()
     model.eval()
     torch.set_num_threads(1 if deterministic else threads)

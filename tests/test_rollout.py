@@ -466,11 +466,11 @@ def test_a_whole_trajectory_end_to_end(executor, split):
     assert [s.status for s in t.turns] == ["ok" if split != "im_end" else "", "ok"]
     assert t.turns[0].code == (None if split == "im_end" else "x = 20 + 1\nprint(x)\n")
     assert t.turns[0].observation == seen
-    said = [TOKENIZER.decode(turn).removesuffix("<|im_end|>") for turn in turns]
+    written = [TOKENIZER.decode(turn).removesuffix("<|im_end|>") for turn in turns]
     messages = [{"role": "system", "content": rollout_module.SHORT}, {"role": "user", "content": task.question},
-                {"role": "assistant", "content": said[0]},
+                {"role": "assistant", "content": written[0]},
                 {"role": "user", "content": "Observation:\n" + seen},
-                {"role": "assistant", "content": said[1]}]
+                {"role": "assistant", "content": written[1]}]
     assert TOKENIZER.apply_chat_template(messages, tokenize=False) == TOKENIZER.decode(t.ids) + "<|im_end|>\n"
 
 
@@ -513,7 +513,7 @@ def test_limits_are_told_apart(executor):
     assert end(turn_tokens=5) == ("length", len(prompt) + 5, 1)
     assert end(turn_tokens=len(first), max_turns=2) == ("turn_limit", whole, 2)         # ended just in time
     assert end(context_tokens=whole - 3) == ("context_limit", whole - 3, 2)             # inside a turn
-    assert end(context_tokens=one + 5) == ("context_limit", one, 1)              # the observation has no room
+    assert end(context_tokens=one + 5) == ("context_limit", one, 1)              # the observation does not fit
     assert end(context_tokens=whole - len(first)) == ("context_limit", one, 1)  # it has, but nothing after it
     assert end(context_tokens=whole - len(first) + 1) == ("context_limit", whole - len(first) + 1, 2)
     assert end(context_tokens=len(prompt)) == ("context_limit", len(prompt), 0)
