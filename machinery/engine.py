@@ -306,3 +306,8 @@ def fitting_slots(model, context: int) -> int:
     else:                       # of the total, not of what is free: the same number of slots in every run
         room, most = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 128
     return max(1, min(int(room / each), most))
+
+
+def refusal(model) -> str:
+    other = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    return "sliding" if other or getattr(model.config, "sliding_window", None) else ""

@@ -209,6 +209,12 @@ def test_on_policy_the_gradient_is_that_of_reinforce():
 # ---------------------------------------------------------------------------------------------------------- log-probs
 
 
+@pytest.fixture(params=[True, False], ids=["plain", "tree"])
+def plain(request):
+    """Each update in both ways: padded, and every distinct prefix once."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
