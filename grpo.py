@@ -218,7 +218,7 @@ def token_logps(model, ids: torch.Tensor, mask: torch.Tensor, temperature=1.0, c
     rows, t = mask[:, 1:].nonzero(as_tuple=True)        # (N,): the state at t predicts the token at t + 1
     chunk = chunk or max(1, 2**26 // len(head.weight))  # 256 MiB of logits
     logp, entropy = HeadLogps.apply(hidden[rows, t], head.weight, ids[rows, t + 1], temperature, chunk)     # (N,)
-    zeros = torch.zeros(ids.shape, device=ids.device)                                   # (B, T)
+    zeros = logp.new_zeros(ids.shape)                                                   # (B, T)
     return zeros.index_put((rows, t + 1), logp), zeros.index_put((rows, t + 1), entropy)
 
 

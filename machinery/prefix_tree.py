@@ -184,6 +184,8 @@ def tree_logps(model, tree: Tree, mask: torch.Tensor, temperature=1.0, chunk: in
                                tree=tree).last_hidden_state[0]                          # (N, H)
     nodes, which = tree.place[mask].unique(return_inverse=True)     # (M,) tokens sampled by anyone; (n,) of the mask
     chunk = chunk or max(1, 2**26 // len(head.weight))  # 256 MiB of logits
-    found = HeadLogps.apply(hidden[tree.previous[nodes]], head.weight, tree.ids[nodes], temperature, chunk)     # (M,)
-    zeros = torch.zeros(mask.shape, device=mask.device)                                 # (B, T)
-    return tuple(zeros.masked_scatter(mask, values.index_select(0, which)) for values in found)
+    states = hidden[tree.previous[nodes]]                                               # (M, H)
+    logp, entropy = HeadLogps.apply(states, head.weight, tree.ids[nodes], temperature, chunk)   # (M,)
+    zeros = logp.new_zeros(mask.shape)                                                  # (B, T)
+    return (zeros.masked_scatter(mask, logp.index_select(0, which)),
+            zeros.masked_scatter(mask, entropy.index_select(0, which)))
