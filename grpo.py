@@ -30,6 +30,7 @@ Departures from GRPO as published: a group counts only if its answers differ; st
 DAPO's (clip-higher, mean over tokens, overlong trajectories left out), but keeps a KL penalty, which DAPO drops; k
 continues as its tangent above d = 5; c corrects for replay and for the sampler's rounding.
 """
+import contextlib
 import math
 import random
 from collections import Counter
@@ -42,6 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from machinery.cli import UserError, option
 from machinery.head import HeadLogps
+from machinery.prefix_tree import Tree, make_tree, pack, shared_heads, tree_attention, tree_logps
 from machinery.ranks import sum_gradients, sum_over_ranks
 from policy import Policy
 from reward import Reward
@@ -216,7 +218,7 @@ def token_logps(model, ids: torch.Tensor, mask: torch.Tensor, temperature=1.0, c
     rows, t = mask[:, 1:].nonzero(as_tuple=True)        # (N,): the state at t predicts the token at t + 1
     chunk = chunk or max(1, 2**26 // len(head.weight))  # 256 MiB of logits
     logp, entropy = HeadLogps.apply(hidden[rows, t], head.weight, ids[rows, t + 1], temperature, chunk)     # (N,)
-    zeros = torch.zeros(ids.shape, device=ids.device)                                   # (B, T)
+    zeros = logp.new_zeros(ids.shape)                                                   # (B, T)
     return zeros.index_put((rows, t + 1), logp), zeros.index_put((rows, t + 1), entropy)
 
 
@@ -229,11 +231,21 @@ class MicroBatch:
     mask: torch.Tensor                  # bool: True = sampled
     behaviour: torch.Tensor
     advantage: torch.Tensor             # (B, 1)
+    tree: Tree | None = None            # the same tokens, each distinct prefix once; None: padded
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
 
+    def logps(self, policy: Policy, temperature: float):
+        """(log-probs, entropies), both (B, T)."""
+        if self.tree is None:
+            return token_logps(policy.model, self.ids, self.mask, temperature)
+        return tree_logps(policy.model, self.tree, self.mask, temperature)
+
     def part(self, rows: slice) -> "MicroBatch":
-        return MicroBatch(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        tree = values.pop("tree", None)
+        parts = {name: value[rows] for name, value in values.items()}
+        return MicroBatch(**parts, tree=tree and tree.part(rows))
 
     def halves(self) -> list["MicroBatch"]:
         if len(self.rows) == 1:
@@ -265,29 +277,45 @@ def in_loss(trajectory: Trajectory) -> bool:
     return trajectory.stop_reason not in ("length", "context_limit") and any(trajectory.mask)
 
 
-def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device) -> list[MicroBatch]:
-    """Those rows, longest first, up to token_budget padded tokens together; a longer one goes alone."""
-    parts: list[list[int]] = []
-    for row in sorted(rows, key=lambda i: len(batch[i][0].ids), reverse=True):
-        longest = len(batch[parts[-1][0]][0].ids) if parts else 0
-        if parts and (len(parts[-1]) + 1) * longest <= token_budget:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
+def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device, shared: int = 0) -> list[MicroBatch]:
+    """Those rows in micro-batches of up to token_budget tokens; a longer trajectory goes alone.
 
-    def padded(part, name, dtype):                                                      # (B, T)
-        tensors = [torch.tensor(getattr(batch[i][0], name), dtype=dtype) for i in part]
-        return pad_sequence(tensors, batch_first=True).to(device)
+    shared 0: padded; the longest first, and padding counts. Else as prefix trees (machinery/prefix_tree.py), in
+    which every distinct prefix counts once, for a model with that many query heads per key head.
+    """
+    sequences = [batch[row][0].ids for row in rows]
+    parts = pack(sequences, token_budget) if shared else pack_padded(sequences, token_budget)
     made = []
     for part in parts:
-        advantage = torch.tensor([[batch[i][1]] for i in part], device=device)          # (B, 1)
+        trajectories = [batch[rows[i]][0] for i in part]
+
+        def padded(name, dtype, trajectories=trajectories):                             # (B, T)
+            tensors = [torch.tensor(getattr(t, name), dtype=dtype) for t in trajectories]
+            return pad_sequence(tensors, batch_first=True).to(device)
+        ids, advantages = padded("ids", torch.long), [[batch[rows[i]][1]] for i in part]
+        tree = None
+        if shared:
+            tree = make_tree([t.ids for t in trajectories], shared, device, ids.shape[1])
         made.append(MicroBatch(
-            part,
-            padded(part, "ids", torch.long),
-            padded(part, "mask", torch.bool),
-            padded(part, "logps", torch.float),
-            advantage))
+            [rows[i] for i in part],
+            ids,
+            padded("mask", torch.bool),
+            padded("logps", torch.float),
+            torch.tensor(advantages, device=device),                                    # (B, 1)
+            tree))
     return made
+
+
+def pack_padded(sequences: Sequence[Sequence[int]], token_budget: int) -> list[list[int]]:
+    """Indices of the sequences, longest first, in parts of up to token_budget padded tokens."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True):
+        longest = len(sequences[parts[-1][0]]) if parts else 0
+        if parts and (len(parts[-1]) + 1) * longest <= token_budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
 
 
 @torch.no_grad()
@@ -295,10 +323,10 @@ def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperat
     """l_old (if the batch takes several optimiser steps) and l_ref (if beta > 0), before the first step."""
     for micro in minibatch:
         if not cfg.one_step:
-            micro.old, _ = token_logps(policy.model, micro.ids, micro.mask, temperature)
+            micro.old, _ = micro.logps(policy, temperature)
         if cfg.beta:
             with policy.reference():
-                micro.ref, _ = token_logps(policy.model, micro.ids, micro.mask, temperature)
+                micro.ref, _ = micro.logps(policy, temperature)
 
 
 def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperature: float, token_limit: int,
@@ -307,7 +335,7 @@ def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, tem
     policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, not_finite = Counter(), []
     for micro in minibatch:
-        logp, entropy = token_logps(policy.model, micro.ids, micro.mask, temperature)     # (B, T), (B, T)
+        logp, entropy = micro.logps(policy, temperature)     # (B, T), (B, T)
         if cfg.one_step:
             micro.old = logp.detach()                   # l_old is this very forward pass
         lengths = micro.mask.sum(1, keepdim=True).float()                                   # (B, 1)
@@ -341,43 +369,54 @@ def halving(work: Callable, minibatches: list[list[MicroBatch]], k: int, stats: 
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: GRPOConfig, temperature: float = 1.0,
-           token_limit: int = 1024, fresh: Sequence[bool] | None = None, seed: int = 0, progress=None) -> UpdateStats:
+           token_limit: int = 1024, fresh: Sequence[bool] | None = None, seed: int = 0, progress=None,
+           plain: bool = False) -> UpdateStats:
     """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
     temperature: at which the batch was sampled. token_limit: sampled tokens that a trajectory may have (for dr_grpo).
-    fresh: which trajectories were just sampled (default: all). seed: of the split in minibatches. progress: a tqdm
-    bar, one count per trajectory and pass.
+    fresh: which trajectories were just sampled (default: all). seed: of the split in minibatches, which are made of
+    whole groups, because siblings share prefixes. progress: a tqdm bar, one count per trajectory and pass. plain:
+    padded; else every distinct prefix goes through the network once, with the same result.
     Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
     process on the whole. An optimiser step with a number that is *not finite* is skipped, on all ranks, and noted.
     """
     stats, sums = UpdateStats(token_budget=cfg.token_budget), Counter()
-    rows = [i for i, (trajectory, _) in enumerate(batch) if in_loss(trajectory)]
-    random.Random(seed).shuffle(rows)
-    minibatches = []
-    for k in range(cfg.minibatches):
-        some = rows[k::cfg.minibatches]
-        minibatches.append(micro_batches(batch, some, cfg.token_budget, policy.device))
+    shared = 0 if plain else shared_heads(policy.model)
+    minibatches = [micro_batches(batch, rows, cfg.token_budget, policy.device, shared)
+                   for rows in split_groups(batch, cfg.minibatches, seed)]
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
-    for k in range(cfg.minibatches):
-        halving(lambda m: score(policy, m, cfg, temperature), minibatches, k, stats)
-    for k in list(range(cfg.minibatches)) * cfg.epochs:
-        trajectories = sum(len(micro.rows) for micro in minibatches[k])
-        tokens = sum(int(micro.mask.sum()) for micro in minibatches[k])
-        n = sum_over_ranks({"tokens": tokens, "sequences": trajectories}, policy.device)
-        if n["tokens"] == 0:
-            continue                                    # a step would only move Adam's momentum
-        found, not_finite = halving(
-            lambda m, n=n: accumulate(policy, m, cfg, temperature, token_limit, **n), minibatches, k, stats)
-        if progress is not None:
-            progress.update(trajectories)
-        names = [f"{batch[i][0].task_id} sample {batch[i][0].sample}" for i in not_finite]
-        if optimiser_step(policy, optimizer, cfg, stats, names):
-            sums.update(found)
+    with tree_attention(policy.model) if shared else contextlib.nullcontext():
+        for k in range(cfg.minibatches):
+            halving(lambda m: score(policy, m, cfg, temperature), minibatches, k, stats)
+        for k in list(range(cfg.minibatches)) * cfg.epochs:
+            trajectories = sum(len(micro.rows) for micro in minibatches[k])
+            tokens = sum(int(micro.mask.sum()) for micro in minibatches[k])
+            n = sum_over_ranks({"tokens": tokens, "sequences": trajectories}, policy.device)
+            if n["tokens"] == 0:
+                continue                                # a step would only move Adam's momentum
+            found, not_finite = halving(
+                lambda m, n=n: accumulate(policy, m, cfg, temperature, token_limit, **n), minibatches, k, stats)
+            if progress is not None:
+                progress.update(trajectories)
+            names = [f"{batch[i][0].task_id} sample {batch[i][0].sample}" for i in not_finite]
+            if optimiser_step(policy, optimizer, cfg, stats, names):
+                sums.update(found)
     policy.model.zero_grad(set_to_none=True)
     policy.model.eval()
     means_over_ranks(stats, sums, policy.device, cfg)
     compare_policies(stats, sum(minibatches, []), fresh or [True] * len(batch), cfg)
     return stats
+
+
+def split_groups(batch: Batch, minibatches: int, seed: int) -> list[list[int]]:
+    """The rows of each minibatch: whole groups in random order, without what is not in the loss."""
+    groups: dict[tuple, list[int]] = {}
+    for row, (trajectory, _) in enumerate(batch):
+        if in_loss(trajectory):
+            groups.setdefault((trajectory.task_id, trajectory.seed), []).append(row)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    return [sum(order[k::minibatches], []) for k in range(minibatches)]
 
 
 def optimiser_step(policy: Policy, optimizer, cfg: GRPOConfig, stats: UpdateStats, not_finite: list[str]) -> bool:
@@ -429,8 +468,8 @@ def compare_policies(stats: UpdateStats, micro_batches: list[MicroBatch], fresh:
 
 
 def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
-    """AdamW on the adapter; on a GPU with 8-bit states that move to main memory when the card is full."""
+    """AdamW on the adapter; on a GPU with 8-bit states. Not paged: they are 80 MB at 7B."""
     if policy.device.type == "cuda":
-        from bitsandbytes.optim import PagedAdamW8bit
-        return PagedAdamW8bit(policy.trainable(), lr=lr, weight_decay=0.0)
+        from bitsandbytes.optim import AdamW8bit
+        return AdamW8bit(policy.trainable(), lr=lr, weight_decay=0.0)
     return torch.optim.AdamW(policy.trainable(), lr=lr, weight_decay=0.0)

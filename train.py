@@ -128,7 +128,7 @@ def update(run: Run, fresh: list[Group], replayed: list[queue.Entry]):
     is_fresh = [group.step == run.step for group in fresh + old for _ in group.batch()]
     with run.bar(len(batch) * cfg.epochs, f"step {run.step}: update") as bar:
         stats = grpo_update(run.policy, run.optimizer, batch, cfg, cfg.temperature, cfg.max_turns * cfg.turn_tokens,
-                            is_fresh, run.step, bar)
+                            is_fresh, run.step, bar, cfg.plain)
     cfg.token_budget = stats.token_budget                        # lower after an out-of-memory
     for note in stats.notes:
         tqdm.write(f"  step {run.step}, process {run.rank}: {note}")
@@ -430,7 +430,8 @@ def command(argv=None):
         ranks.join()
         with Executor(cfg.sandbox) as executor:
             run = start(cfg, given, executor)
-            run.say("configuration: " + json.dumps(asdict(run.cfg)) + f"\nmodel {run.policy.name}, sandbox "
+            run.say("configuration: " + json.dumps(asdict(run.cfg)))
+            run.say(f"model {run.policy.name} on {run.policy.device}, {run.policy.model.dtype}, sandbox "
                     f"{executor.sandbox}, {len(run.tasks)} training and {len(run.heldout)} held-out tasks")
             if run.cfg.probe:
                 probe(run)
@@ -443,13 +444,16 @@ def command(argv=None):
                         "GIB, which plans both") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"nothing is lost: python train.py --resume --out {cfg.out}") from None
-    finally:
-        ranks.leave()
 
 
 def main(argv=None) -> int:
     """Exit status: 0 done, 2 bad input, 130 interrupted (--resume continues)."""
-    return exit_status(lambda: command(argv))
+    status = 1                                                    # of an error that nobody foresaw
+    try:
+        status = exit_status(lambda: command(argv))
+    finally:
+        ranks.leave(status)
+    return status
 
 
 if __name__ == "__main__":

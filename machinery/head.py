@@ -13,8 +13,9 @@ class HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):                      # (N, H), (V, H), (N,)
         logps, entropies, jacobians = [], [], []
+        exact = torch.promote_types(hidden.dtype, torch.float32)        # log softmax in bf16 is off by 0.07
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):                     # (n, H), (n,)
-            logp = (h @ weight.T).float().div_(temperature).log_softmax(-1)     # (n, V), fp32: bf16 is off by 0.07
+            logp = (h @ weight.T).to(exact).div_(temperature).log_softmax(-1)    # (n, V)
             p = logp.exp()
             logps.append(logp.gather(1, y[:, None])[:, 0])
             entropies.append(-torch.bmm(p[:, None], logp[:, :, None])[:, 0, 0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from machinery.cli import UserError
 from machinery.ranks import world
-from policy import LORA_RANK, QWEN25, head_size, in_nf4, linear_shapes, model_config, parameter_counts
+from policy import LORA_RANK, QWEN25, head_size, in_nf4, linear_shapes, model_config, need_gpu, parameter_counts
 
 GIB = 2**30
 CONTEXTS = (8192, 4096, 2048)   # tokens, tried in this order
@@ -104,3 +104,4 @@ def apply_plan(cfg, settled: set[str]):
     cfg.context_tokens, cfg.slots, cfg.token_budget = plan.context_tokens, plan.slots, plan.token_budget
     if world()[0] == 0:
         print(plan)
+    need_gpu(f"--vram {cfg.vram:g} plans for a GPU")
