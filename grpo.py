@@ -43,8 +43,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from machinery.cli import UserError, option
 from machinery.head import HeadLogps
+from machinery.memory import halving
 from machinery.prefix_tree import Tree, make_tree, pack, shared_heads, tree_attention, tree_logps
 from machinery.ranks import sum_gradients, sum_over_ranks
+from machinery.update_stats import UpdateStats
 from policy import Policy
 from reward import Reward
 from rollout import Trajectory
@@ -254,24 +256,6 @@ class MicroBatch:
         return [self.part(slice(None, middle)), self.part(slice(middle, None))]
 
 
-@dataclass
-class UpdateStats:
-    """Means over the loss tokens of all ranks; None where there are none, and for kl where beta is 0."""
-    loss: float | None = None           # mean of the optimiser steps' losses
-    kl: float | None = None
-    entropy: float | None = None
-    clip_fraction: float | None = None
-    off_policy: float | None = None     # share of tokens with |l_old - l_behaviour| > log(1 + eps_high)
-    grad_norm: float | None = None      # before clipping, the largest of the optimiser steps
-    mismatch_mean: float | None = None  # |l_old - l_behaviour| on this rank's fresh tokens
-    mismatch_p99: float | None = None
-    off_policy_each: list[float] = field(default_factory=list)     # per trajectory of the batch; out of the loss: 0
-    optimiser_steps: int = 0
-    tokens: int = 0                     # trained on, over all optimiser steps
-    token_budget: int = 0               # half of the configured one after an out-of-memory
-    notes: list[str] = field(default_factory=list)                 # for a person: what was skipped or retried
-
-
 def in_loss(trajectory: Trajectory) -> bool:
     """The filter *overlong* (DAPO 3.4): a trajectory that a token limit cut stays in the baseline, out of the loss."""
     return trajectory.stop_reason not in ("length", "context_limit") and any(trajectory.mask)
@@ -355,19 +339,6 @@ def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, tem
     return sums, not_finite
 
 
-def halving(work: Callable, minibatches: list[list[MicroBatch]], k: int, stats: UpdateStats):
-    """work(minibatches[k]). After an out-of-memory it is done once more, with micro-batches of half the size, which
-    all minibatches have from then on: what was too large once is not tried again."""
-    try:
-        return work(minibatches[k])
-    except torch.OutOfMemoryError:
-        stats.notes.append("out of memory in the update: tried again with micro-batches of half the size")
-    torch.cuda.empty_cache()            # not in the except block, where the traceback still holds the tensors
-    stats.token_budget //= 2
-    minibatches[:] = [[half for micro in minibatch for half in micro.halves()] for minibatch in minibatches]
-    return work(minibatches[k])
-
-
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: GRPOConfig, temperature: float = 1.0,
            token_limit: int = 1024, fresh: Sequence[bool] | None = None, seed: int = 0, progress=None,
            plain: bool = False) -> UpdateStats:
@@ -403,8 +374,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: 
                 sums.update(found)
     policy.model.zero_grad(set_to_none=True)
     policy.model.eval()
-    means_over_ranks(stats, sums, policy.device, cfg)
-    compare_policies(stats, sum(minibatches, []), fresh or [True] * len(batch), cfg)
+    stats.means_over_ranks(sums, policy.device, with_kl=cfg.beta > 0)
+    stats.compare_policies(sum(minibatches, []), fresh or [True] * len(batch), cfg.clip[1])
     return stats
 
 
@@ -432,39 +403,6 @@ def optimiser_step(policy: Policy, optimizer, cfg: GRPOConfig, stats: UpdateStat
     stats.optimiser_steps += 1
     stats.grad_norm = max(norm, stats.grad_norm or 0.0)
     return True
-
-
-def means_over_ranks(stats: UpdateStats, sums: Counter, device, cfg: GRPOConfig):
-    """From sums over this rank's tokens to means over all ranks' tokens."""
-    names = ("loss", "kl", "entropy", "clipped", "off_policy", "tokens")
-    sums = sum_over_ranks({name: sums[name] for name in names}, device)
-    n = sums["tokens"]
-    if n == 0:
-        return
-    stats.tokens = int(n)
-    stats.loss = sums["loss"] / stats.optimiser_steps
-    stats.entropy = sums["entropy"] / n
-    stats.off_policy = sums["off_policy"] / n
-    stats.clip_fraction = sums["clipped"] / n
-    stats.kl = sums["kl"] / n if cfg.beta else None
-
-
-def compare_policies(stats: UpdateStats, micro_batches: list[MicroBatch], fresh: Sequence[bool], cfg: GRPOConfig):
-    """|l_old - l_behaviour|: per trajectory, which tells the queue how stale it is; and over fresh tokens, where the
-    two policies are one and only sampler and scorer can differ."""
-    stats.off_policy_each = [0.0] * len(fresh)
-    gaps = [torch.zeros(0)]
-    for micro in micro_batches:
-        for row, old, behaviour, mask in zip(micro.rows, micro.old, micro.behaviour, micro.mask):
-            gap = (old - behaviour)[mask].abs().cpu()                                   # (N,)
-            within = gap <= math.log(1 + cfg.clip[1])           # False for nan, so that it leaves the queue
-            stats.off_policy_each[row] = 1 - within.float().mean().item()
-            if fresh[row]:
-                gaps.append(gap[gap.isfinite()])
-    gap = torch.cat(gaps)
-    if len(gap):
-        stats.mismatch_mean = gap.mean().item()
-        stats.mismatch_p99 = gap.sort().values[int(0.99 * (len(gap) - 1))].item()
 
 
 def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
