@@ -33,7 +33,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote, urljoin, urlsplit
 
 from machinery.cli import UserError
-from machinery.web import AGENT, Cache, Web, WebError, bearer, benchmark_site, chat, holds_benchmark, to_text
+from machinery.chat import chat
+from machinery.web import AGENT, Cache, Web, WebError, bearer, benchmark_site, holds_benchmark, to_text
 
 
 class ToolError(Exception):

@@ -292,16 +292,6 @@ def call(url: str, seconds: float, **request):
     raise WebError(kind, f"{urlsplit(url).hostname} did not answer as it should")
 
 
-def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0, tokens: int = 512) -> str:
-    """The reply of an OpenAI-compatible server; `url` is what its documentation calls the base URL."""
-    answer = call(f"{url.rstrip('/')}/chat/completions", seconds, headers=bearer(key),
-                  json={"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
-    try:
-        return str(answer["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError) as error:
-        raise WebError("bad_answer", "the model's server did not answer with a message") from error
-
-
 def bearer(key: str) -> dict:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
