@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fractions import Fraction
 
-from machinery.chat import ChatModel
+from machinery.api import ChatModel
 from machinery.cli import UserError
 from machinery.text import clean, harmless, parts, tokens
 from machinery.web import Cache, WebError
@@ -237,7 +237,7 @@ def perhaps_equal(gold: Quantity, given: Quantity) -> bool:
     if not gold.unit and given.unit in UNITS:
         factors.update(f / given.factor for dimension, f in UNITS.values()
                        if dimension == given.dimension and f != given.factor)
-    return any(0.98 < r < 1 / 0.98 for f in factors for r in (ratio * f, ratio / f))
+    return any(abs(r - 1) < Fraction(1, 50) for f in factors for r in (ratio * f, ratio / f))
 
 
 # ---------------------------------------------------------------- the heuristic judge: dates, yes or no, lists

@@ -1,4 +1,4 @@
-"""Text as a model writes it: made alike to be compared, split into words or parts, made harmless to be shown."""
+"""Text: made alike to be compared, split into words or parts, searched for a question, made harmless to be shown."""
 import re
 import unicodedata
 
@@ -35,6 +35,18 @@ def parts(text: str) -> list[str]:
     found = re.split(r"[,;\n]|\band\b", text)
     found = [re.sub(r"^ *(?:[-*•]|\d+[.)]) +", "", part).strip(" '\"") for part in found]
     return [part for part in found if part]
+
+
+def ngrams(text: str, n: int = 8) -> set[tuple]:
+    """The sequences of n words of a text, without case and punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
+
+
+def holds_benchmark(text: str, question: str) -> bool:
+    """Whether a page repeats the question itself: more than a quoted title, at least 40 % of its 8-grams."""
+    asked = ngrams(question)
+    return len(asked) >= 3 and len(asked & ngrams(text)) >= 0.4 * len(asked)
 
 
 def harmless(text: str, limit: int) -> str:

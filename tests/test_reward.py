@@ -15,7 +15,7 @@ import requests
 from hypothesis import example, given, settings, strategies as st
 
 from chat_server import Server
-from machinery.chat import base_reply, chat
+from machinery.api import base_reply, chat
 from machinery.cli import UserError
 from machinery.text import clean, harmless
 from machinery.web import Cache
