@@ -124,6 +124,7 @@ NUMBER = re.compile(r"""
     (?:/(\d*[1-9]\d*))? [ ]? (hundred|thousand|million|billion|trillion)?   # a fraction's divisor, a word for a factor
     [ ]? ([a-z°%$€£][^\d,;]{0,40})?                                 # a unit
     """, re.VERBOSE)
+# Dimension, factor, names. Dimensions of several units are in capitals, so that no word of a cleaned text is one.
 UNIT_TABLE = """
     %       1           % percent percentage
     $       1           $ usd dollar
@@ -148,7 +149,7 @@ UNIT_TABLE = """
     VOLUME  0.001       ml milliliter millilitre
     °c      1           °c c celsius
     °f      1           °f f fahrenheit"""
-UNITS = {alias: (dimension, Fraction(factor))    # a unit's name: (dimension, factor)
+UNITS = {alias: (dimension, Fraction(factor))
          for dimension, factor, *aliases in map(str.split, UNIT_TABLE.strip().splitlines()) for alias in aliases}
 
 
@@ -277,7 +278,7 @@ def judge_yes_no(question: str, gold: str, answer: str) -> str:
         return WRONG
     if len(words) == 1:
         return RIGHT
-    # what follows must say the same: the question again, with a "not" after a "no" and only there
+    # what follows must mean the same: words of the question, with a "not" after a "no" and only there
     echo = set(words[1:]) - {"not"} <= set(tokens(clean(question)))
     return RIGHT if echo and ("not" in words) != POLARITY[gold] else UNSURE
 
@@ -294,7 +295,7 @@ def judge_list(question: str, gold: str, answer: str) -> str:
     return UNSURE if other_order and not ORDERED.search(question) else WRONG
 
 
-# ------------------------------------------------------------------------- the heuristic judge: text, and all
+# -------------------------------------------------------- the heuristic judge: text, and the choice of a branch
 def signs(text: str) -> str:
     """The characters that may carry meaning (C and C#, a-b and a b, B- and B), without those of prose."""
     text = re.sub(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=[^\W\d_])-(?=[^\W\d_]{2})|!$", "", text)
@@ -334,7 +335,7 @@ def letters_matter(question: str, gold: str, answer: str) -> bool:
 
 
 def judge_one(question: str, gold: str, answer: str) -> str:
-    """The verdict for cleaned texts: the gold answer chooses the branch."""
+    """The verdict on cleaned texts: the gold answer chooses the branch."""
     if gold in POLARITY:
         return judge_yes_no(question, gold, answer)
     if gold_dates := dates(gold):
@@ -429,7 +430,7 @@ class Judge:
             return None
 
     def messages(self, question: str, gold: str, answer: str) -> list[dict]:
-        # Who wrote the answer does not know the gold answer, so cannot guess the mark and close it early.
+        # The answer's author does not know the gold answer, so cannot guess the mark and close it early.
         mark = hashlib.sha256(f"{question}|{gold}|{answer}".encode(errors="replace")).hexdigest()[:8]
         text = (f"Question: {harmless(question, 4000)}\nCorrect answer: <<{harmless(gold, 500)}>>\n"
                 f"Candidate <<{mark}>>{harmless(answer, SHOWN)}<</{mark}>>")

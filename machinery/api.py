@@ -1,4 +1,4 @@
-"""Asking an interface: any that answers in JSON, an OpenAI-compatible server, or the policy's own base model."""
+"""Asking for an answer: any JSON interface, a model behind an OpenAI-compatible server, the policy's base model."""
 import base64
 import hashlib
 import math
@@ -15,7 +15,7 @@ from machinery.documents import WebError
 
 
 def call(url: str, seconds: float, **request):
-    """One POST (with `json`, `data` or `files`) or GET to a trusted API -> its JSON. Retries with backoff."""
+    """The JSON of one POST (with `json`, `data` or `files`) or GET to a trusted API; retried with longer pauses."""
     deadline, method = time.monotonic() + seconds, "GET" if set(request) <= {"params", "headers"} else "POST"
     for pause in (0.5, 1.0, 2.0, math.inf):
         try:
@@ -90,6 +90,7 @@ def endpoint(kind: str) -> list[str]:
 
 
 def ask_about_image(web, body: bytes, path: str, question: str) -> str:
+    """What the vision model says of an image; WebError if it cannot be asked."""
     url, model, key = endpoint("VISION")
     data = f"data:{mimetypes.guess_type(path)[0] or 'image/png'};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": data}}]
@@ -99,6 +100,7 @@ def ask_about_image(web, body: bytes, path: str, question: str) -> str:
 
 
 def spoken_words(web, body: bytes, path: str) -> str:
+    """What the audio model hears in a file; WebError if it cannot be asked."""
     url, model, key = endpoint("AUDIO")
     return web.ask("transcribe", {"audio": hashlib.sha256(body).hexdigest()},
                    web.cache.backend_of("transcribe", model), url.rstrip("/") + "/audio/transcriptions",
