@@ -44,7 +44,7 @@ class Reward:
 
 
 def compute_reward(task, trajectory, judge: "Judge", w_exec: float = 0.1) -> Reward:
-    """R = r_answer + w_exec * r_exec. What the policy's own code breaks scores 0; what the host breaks is unjudged."""
+    """Equation (1). What the policy's own code breaks scores 0; what the judge or the host breaks is unjudged."""
     ran = [turn.status == "ok" for turn in trajectory.turns if turn.code is not None]
     r_exec = sum(ran) / len(ran) if ran else 0.0
     if trajectory.stop_reason == "error":                                                     # the host failed
