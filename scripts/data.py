@@ -29,7 +29,7 @@ from pathlib import Path
 from reward import clean
 from tasks import Task, read_gaia, read_jsonl, read_rows
 from machinery.cli import OneLineParser, UserError, exit_status
-from machinery.web import ngrams
+from machinery.text import ngrams
 
 VOLATILE = re.compile(
     r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|"
