@@ -42,9 +42,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from machinery.cli import UserError, option
+from machinery.engine import attention
 from machinery.head import HeadLogps
 from machinery.memory import halving
-from machinery.prefix_tree import Tree, make_tree, pack, shared_heads, tree_attention, tree_logps
+from machinery.prefix_tree import Tree, make_tree, pack, shared_heads, tree_logps
 from machinery.ranks import sum_gradients, sum_over_ranks
 from machinery.update_stats import UpdateStats
 from policy import Policy
@@ -356,7 +357,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: 
     minibatches = [micro_batches(batch, rows, cfg.token_budget, policy.device, shared)
                    for rows in split_groups(batch, cfg.minibatches, seed)]
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
-    with tree_attention(policy.model) if shared else contextlib.nullcontext():
+    with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
         for k in range(cfg.minibatches):
             halving(lambda m: score(policy, m, cfg, temperature), minibatches, k, stats)
         for k in list(range(cfg.minibatches)) * cfg.epochs:

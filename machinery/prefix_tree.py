@@ -13,8 +13,7 @@ Read in this order: `prefix_tree` (a pure function), `Tree`, `attend`, `tree_log
 The idea for one shared prompt is known as prefix grouping (unsloth's PrefixGrouper); trees are proposed in TRL (#7328),
 verl (#6401) and NeMo-RL (#4008).
 """
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,21 +161,12 @@ def shared_heads(model) -> int:
     return config.num_attention_heads // config.num_key_value_heads
 
 
-@contextlib.contextmanager
-def tree_attention(model) -> Iterator[None]:
-    """Inside, the model attends as `attend` does: in forward passes with a tree, and in their backward passes, because
-    activation checkpointing computes the blocks again there."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = "prefix_tree"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def tree_logps(model, tree: Tree, mask: torch.Tensor, temperature=1.0, chunk: int | None = None):
-    """As grpo.token_logps: (log-probs, entropies) of the sampled tokens, both (B, T), fp32, 0 outside of mask."""
+    """As grpo.token_logps: (log-probs, entropies) of the sampled tokens, both (B, T), fp32, 0 outside of mask.
+
+    The model has to attend with `attend` (see engine.attention), in the backward pass too: activation checkpointing
+    computes the blocks again there.
+    """
     causal = model.get_base_model()                     # the adapter lies in its layers
     head = causal.get_output_embeddings()
     assert not head.weight.requires_grad and head.bias is None, "HeadLogps has no gradient for the head"

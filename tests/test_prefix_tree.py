@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo import GRPOConfig, token_logps, update
-from machinery.prefix_tree import make_tree, pack, prefix_tree, shared_heads, tree_attention, tree_logps
+from machinery.engine import attention
+from machinery.prefix_tree import make_tree, pack, prefix_tree, shared_heads, tree_logps
 from rollout import Trajectory
 from test_grpo import Keep, stirred
 from test_policy import make_model
@@ -94,7 +95,7 @@ def test_log_probs_entropies_and_gradients_equal_the_padded_ones(folder, dtype, 
         for way in ("padded", "tree"):
             policy.model.zero_grad()
             tree = make_tree(sequences, heads, ids.device, width, shortest)
-            with tree_attention(policy.model):
+            with attention(policy.model, "prefix_tree"):
                 if way == "tree":
                     logp, entropy = tree_logps(policy.model, tree, mask, 0.7)
                     (logp * weight).sum().backward()
