@@ -32,12 +32,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote, urljoin, urlsplit
 
+from executor import ToolError
 from machinery.cli import UserError
 from machinery.web import AGENT, Cache, Web, WebError, bearer, benchmark_site, chat, holds_benchmark, to_text
-
-
-class ToolError(Exception):
-    """A tool says no. Its text reaches the model's code as a short error."""
 
 
 @dataclass
