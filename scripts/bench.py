@@ -388,7 +388,7 @@ def tree_pss(pid: int) -> float:
 
 
 def bench_executor(args) -> dict:
-    """Starting, stepping, calling and holding sessions; ipykernel and smolagents beside it where they are installed."""
+    """Sessions: start, a cell, a tool call, many at once; ipykernel and smolagents beside them where installed."""
     times, many, loop = (20, 16, 10**5) if args.quick else (200, 256, 10**6)
     code = f"s = 0\nfor i in range({loop}): s += i"
     limits = Limits(tool_calls=10**9)
@@ -396,13 +396,13 @@ def bench_executor(args) -> dict:
         figures = {"sandbox": executor.sandbox, "loop_iterations": loop}
         starts = milliseconds(lambda: executor.session().close(), times)
         with executor.session({"same": lambda value: value}) as session:
-            steps = milliseconds(lambda: session.execute("x = 1"), times)
+            cells = milliseconds(lambda: session.execute("x = 1"), times)
             figures["loop_ms"] = float(np.median(milliseconds(lambda: session.execute(code), 5)))
             calls = milliseconds(lambda: session.execute("for i in range(100): same(i)"), 5)
         figures |= {"session_start_p50_ms": float(np.median(starts)),
                     "session_start_p99_ms": float(np.quantile(starts, 0.99)),
-                    "roundtrip_ms": float(np.median(steps)),
-                    "tool_call_ms": float(np.median(calls) - np.median(steps)) / 100}
+                    "roundtrip_ms": float(np.median(cells)),
+                    "tool_call_ms": float(np.median(calls) - np.median(cells)) / 100}
 
         def trajectory(_):
             with executor.session() as session:
@@ -412,16 +412,14 @@ def bench_executor(args) -> dict:
             start = time.perf_counter()
             assert set(pool.map(trajectory, range(times))) == {"ok"}
             figures["sessions_per_s"] = times / (time.perf_counter() - start)
-            empty, start = tree_pss(executor._zygote.pid), time.perf_counter()
+            zygote = executor.zygote.process.pid
+            empty, start = tree_pss(zygote), time.perf_counter()
             live = list(pool.map(lambda _: executor.session(), range(many)))
             assert {result.status for result in pool.map(lambda s: s.execute("x = 1"), live)} == {"ok"}
-            figures |= {"live_sessions": many, "live_sessions_s": time.perf_counter() - start}
-            time.sleep(1.0)                                 # the keepers of the last steps are gone
-            figures |= {"idle_pss_mb": (tree_pss(executor._zygote.pid) - empty) / many}
+            figures |= {"live_sessions": many, "live_sessions_s": time.perf_counter() - start,
+                        "idle_pss_mb": (tree_pss(zygote) - empty) / many}
             for session in live:
                 session.close()
-    with Executor(args.sandbox, Limits(rollback=False)) as executor, executor.session() as session:
-        figures["roundtrip_without_rollback_ms"] = float(np.median(milliseconds(lambda: session.execute("x = 1"), times)))
     figures |= peers(code)
     for name, value in figures.items():
         print(f"{name:32} {value:10.2f}" if isinstance(value, float) else f"{name:32} {value!s:>10}")
