@@ -14,11 +14,13 @@ import pytest
 
 import eval_gaia
 from chat_server import Server
-from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar,
-                       paired_bootstrap, parse_args, pass_at_k, read_records, record_of, summary, vote, wilson)
+from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, parse_args, read_records,
+                       record_of, summary, vote)
+from gaia_folder import export_gaia
+from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from reward import Judge
 from rollout import Sampling, Turn, Trajectory
-from tasks import Task, builtin_tasks, export_gaia, read_gaia
+from tasks import Task, builtin_tasks, read_gaia
 from machinery.cli import UserError
 from tools import Call, load_tools, open_web
 
@@ -71,7 +73,8 @@ def rec(task, sample=0, official=False, answer="x", level="1", attachment="none"
 
 
 def test_summary_by_hand():
-    records = [rec("a", official=True, llm=True), rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
+    records = [rec("a", official=True, llm=True),
+               rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
                rec("c", official=True, level="2", attachment=".pdf"),
                rec("d", level="3", heuristic="unsure", llm=True)]
     s = summary(records, 1)
@@ -84,7 +87,7 @@ def test_summary_by_hand():
     assert s["categories"] == {"right": 2, "step_limit": 1, "wrong": 1}
 
 
-def test_the_llm_is_an_opinion_on_every_answer_of_its_own():
+def test_the_llm_judges_every_answer_beside_the_other_judges():
     task = Task("t", "Who?", "Charles Darwin")
     answers = ["Charles Darwin", "Newton", "Darwin", None]
     with Server(lambda said: "VERDICT: " + ("IN" * ("Newton" in said[1]["content"])) + "CORRECT") as server:
@@ -140,7 +143,7 @@ WAYS = {
 
 @pytest.mark.parametrize("category", WAYS)
 def test_what_became_of_a_trajectory(category):
-    assert category_of(Task("t", "q", "17"), *WAYS[category]) == category
+    assert category_of(*WAYS[category]) == category
 
 
 def test_chunks_never_hold_a_question_twice():
@@ -177,18 +180,18 @@ def test_the_preflight_counts_web_calls(tmp_path, monkeypatch, capsys):
     for spec, wanted in [("record", "about 36 if every turn makes one (6 trajectories of 6 turns)"),
                          ("replay", "none")]:
         web = open_web(spec)
-        announce(Evaluation(SimpleNamespace(name="m"), tasks, load_tools("web", web), [], web, None,
-                            Sampling(max_turns=6), 2, 0, tmp_path), "gaia", "none")
+        announce(Evaluation(parse_args(["--gaia-dir", "GAIA", "--samples", "2"]), tasks, SimpleNamespace(name="m"),
+                            load_tools("web", web), [], web, None, Sampling(max_turns=6)), "none")
         out = capsys.readouterr().out
         assert f"  web calls: {wanted}\n" in out
         assert "  web_search   live\n" in out and "  ask_image    left out: " in out
 
 
-def test_a_line_cut_by_a_kill_is_no_record(tmp_path):
+def test_half_a_line_left_by_a_kill_is_no_record(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": 2, "tr')
     assert read_records(file) == [{"a": 1}] and read_records(tmp_path / "none") == []
-    assert read_records(file, cut=True) == [{"a": 1}] and file.read_text() == json.dumps({"a": 1}) + "\n"
+    assert read_records(file, repair=True) == [{"a": 1}] and file.read_text() == json.dumps({"a": 1}) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -212,13 +215,13 @@ def test_killed_in_the_middle_and_resumed(here):
     command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev",
                "--export"]
     file = here / "ev" / "trajectories.jsonl"
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.time() + 200
-    while not (file.exists() and file.stat().st_size) and run.poll() is None and time.time() < deadline:
+    while not (file.exists() and file.stat().st_size) and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
-    assert run.poll() is None, run.stderr.read()
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     before = read_records(file)
     assert 0 < len(before) < 90 and not (here / "ev" / "results.json").exists()
     done = subprocess.run(command, capture_output=True, text=True)

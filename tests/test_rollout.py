@@ -25,7 +25,7 @@ from transformers import (
 import rollout as room
 from machinery import engine as engine_module
 from machinery.engine import Engine, sampling_mode
-from scripts.bench import Scripted, Workload, scripted
+from scripted import Scripted, Workload, scripted
 from executor import Executor, Limits
 from oracle import oracle
 from policy import load_policy

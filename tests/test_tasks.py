@@ -7,8 +7,8 @@ from datetime import date
 
 import pytest
 
-from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, TOWN, Task, builtin_tasks, export_gaia, fact, read_gaia,
-                   read_jsonl, side)
+from gaia_folder import export_gaia
+from tasks import BUILTIN_TOOLS, CORE, HARD, PERSON, TOWN, Task, builtin_tasks, fact, read_gaia, read_jsonl, side
 from machinery.cli import UserError
 from tools import ToolContext, ToolError, prompt_text
 

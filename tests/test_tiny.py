@@ -13,7 +13,7 @@ from scripts import tiny
 from executor import Executor
 from policy import TINY, TINY_DIR, load_policy
 from rollout import Chat, Sampling, rollout
-from tasks import BUILTIN_TOOLS, CORE, PERSON, TOWN, Task, builtin_tasks, draw, side
+from tasks import BUILTIN_TOOLS, CORE, PERSON, TOWN, Task, builtin_tasks, make_question, side
 from tools import ToolContext
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +46,9 @@ def test_the_builder_makes_the_kept_files(rebuilt):
 
 def test_the_builder_overwrites_nothing(rebuilt):
     before = (rebuilt / "model.safetensors").read_bytes()
-    run = subprocess.run([sys.executable, "-m", "scripts.tiny", "--out", rebuilt], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("error: ")
+    command = [sys.executable, "-m", "scripts.tiny", "--out", rebuilt]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert (rebuilt / "model.safetensors").read_bytes() == before
 
 
@@ -103,15 +104,15 @@ def test_the_executor_shows_what_the_demonstrations_show(chat):
     with Executor(sandbox="auto") as executor:
         for family in tiny.DEMOS:
             ids, mask = tiny.demonstrate(chat, family, random.Random(11), 0)
-            drawn = draw(family, "train", random.Random(11))
+            question = make_question(family, "train", random.Random(11))
             parts = chat.tokenizer.decode(ids).split("<|im_start|>")
             codes = [p.split("```python\n")[1].split("\n```")[0] for p in parts if p.startswith("assistant")]
             seen = [p.split("Observation:\n")[1].split("<|im_end|>")[0] for p in parts if "Observation:" in p]
             tools = {tool.name: tool.bind(ToolContext()) for tool in BUILTIN_TOOLS}
-            with executor.session(tools=tools, files=drawn.files) as session:
+            with executor.session(tools=tools, files=question.files) as session:
                 results = [session.execute(code) for code in codes]
             assert [r.observation() for r in results[:-1]] == seen
-            assert results[-1].answer == str(drawn.answer) and all(r.status == "ok" for r in results)
+            assert results[-1].answer == str(question.answer) and all(r.status == "ok" for r in results)
 
 
 def success(policy, tasks: list[Task], temperature: float) -> tuple[float, float]:
