@@ -1,6 +1,6 @@
-"""Evaluation on GAIA; without access to GAIA, on the built-in held-out tasks.
+"""Evaluation on GAIA; without access to GAIA, on the offline set: 264 built-in held-out tasks.
 
-    python eval_gaia.py --ckpt out/                             # the built-in tasks
+    python eval_gaia.py --ckpt out/                             # the offline set
     python eval_gaia.py --ckpt out/ --gaia-dir GAIA             # the benchmark: 165 questions of validation
     python eval_gaia.py --model Qwen2.5-7B --gaia-dir GAIA --out base
     python eval_gaia.py --compare base eval_out                 # paired: which questions were gained and lost
@@ -320,7 +320,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
     add("--model", help="model to evaluate; without --ckpt: the untrained base model")
-    add("--gaia-dir", help="folder in GAIA's layout, or hub; default: built-in tasks")
+    add("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
     add("--split", default="validation", choices=["validation", "test"])
     add("--levels", nargs="+", choices=["1", "2", "3"])
     add("--ids", nargs="+", help="task_ids")
@@ -376,7 +376,7 @@ def announce(evaluation: Evaluation, sandbox: str) -> None:
     """What will be done, before it costs anything."""
     args, web, turns = evaluation.args, evaluation.web, evaluation.sampling.max_turns
     if args.gaia_dir is None:
-        print(f"No --gaia-dir: these are held-out built-in tasks, NOT GAIA. For GAIA: --gaia-dir hub, access: {HUB}")
+        print(f"No --gaia-dir: this is the offline set, built-in tasks, NOT GAIA. For GAIA: --gaia-dir hub ({HUB})")
     else:
         print(preflight_table(web))
         n, calls = len(evaluation.tasks) * args.samples, "none"

@@ -51,7 +51,7 @@ SMALL = Qwen2Config(hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
 
 
 def random_model(name: str, device: str):
-    """A model with random weights: "small" in fp32; of another name's shape as in training: NF4 and LoRA."""
+    """A model with random weights. "small": in fp32; the shape of a Qwen2.5 model: as in training, NF4 and LoRA."""
     config = SMALL if name == "small" else model_config(name)
     dtype = torch.float32 if name == "small" or device == "cpu" else torch.bfloat16
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""eval_gaia.py: the figures by hand, and whole runs with the built-in model: killed, resumed, compared, refused."""
+"""eval_gaia.py: figures checked by hand; evaluations with the built-in model, killed, resumed, compared, refused."""
 import json
 import os
 import signal
@@ -210,7 +210,7 @@ def gaia(folder, n=12):
 
 
 def test_killed_in_the_middle_and_resumed(here):
-    """kill -9 once something is on file: the same command does the rest, and nothing twice."""
+    """kill -9 once the first records are written: the same command does the rest, and nothing twice."""
     tasks = gaia(here / "GAIA", 90)
     command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev",
                "--export"]
@@ -240,7 +240,7 @@ def test_killed_in_the_middle_and_resumed(here):
     assert len(saved["ids"]) == len(saved["mask"]) and saved["steps"][0]["code"]
 
 
-def test_offline_set_and_settings_moved_aside(here, capsys):
+def test_built_in_tasks_and_an_evaluation_with_other_settings_moved_aside(here, capsys):
     assert main(["--limit", "6", "--samples", "2", "--out", "ev"]) == 0
     out = capsys.readouterr().out
     assert "NOT GAIA" in out and "pass@2" in out and "maj@2" in out and "Wilson" in out
@@ -257,7 +257,7 @@ def test_offline_set_and_settings_moved_aside(here, capsys):
     assert main(["--compare", "ev.1", "ev"]) == 0 and '"mcnemar_p"' in capsys.readouterr().out
 
 
-def test_a_checkpoint_brings_its_settings(here, capsys):
+def test_the_settings_of_training_are_used_for_its_checkpoint(here, capsys):
     import torch
     from policy import load_policy, save_adapter
     policy = load_policy("tiny", seed=1)
@@ -281,12 +281,12 @@ def test_a_checkpoint_brings_its_settings(here, capsys):
     assert main(["--limit", "6", "--out", "base"]) == 0
     base = read_records(here / "base" / "trajectories.jsonl")
     assert [r["trajectory"]["ids"] for r in base] != [r["trajectory"]["ids"] for r in records]
-    (here / "out" / "run.json").unlink()                                   # an adapter that somebody else sent
+    (here / "out" / "run.json").unlink()                                   # an adapter that train.py did not write
     assert main(["--ckpt", "out", "--limit", "2", "--out", "foreign"]) == 0
 
 
-def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
-    """The host fails twice for one question and always for another: the first is an answer, the second is missing."""
+def test_host_failures_are_retried_and_never_written(here, monkeypatch, capsys):
+    """The host fails twice for one question, always for another: the first gets its answer, the second is missing."""
     real, seen = eval_gaia.rollout, Counter()
 
     def failing(policy, tasks, *args, **kwargs):
@@ -320,7 +320,7 @@ def test_choosing_questions(here):
     assert chosen("--ids", tasks[7].id, tasks[2].id) == [tasks[2].id, tasks[7].id]
 
 
-def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
+def test_without_access_to_gaia_the_message_says_how_to_get_it(here, monkeypatch, capsys):
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
     assert issubclass(GatedRepoError, OSError) and issubclass(LocalEntryNotFoundError, OSError)
@@ -331,7 +331,7 @@ def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
 
 
 def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
-    export_gaia(builtin_tasks("heldout", 6, 5), here / "GAIA")              # its answers: somebody's guesses
+    export_gaia(builtin_tasks("heldout", 6, 5), here / "GAIA")              # a copy with answers in it
     (here / "GAIA" / "2023" / "validation").rename(here / "GAIA" / "2023" / "test")
     monkeypatch.setattr(eval_gaia.Judge, "ask", lambda *_: pytest.fail("nothing is judged, so nothing is paid"))
     flags = ["--split", "test", "--out", "ev", "--export", "--judge", "local"]

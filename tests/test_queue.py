@@ -1,4 +1,4 @@
-"""queue.py: the sample queue's rule, and the name it shares with the standard library (traps 12 and 13)."""
+"""queue.py: the rule of the sample queue, and the name that it shares with the standard library's module."""
 import json
 import random
 import subprocess
@@ -30,7 +30,7 @@ def test_admits_only_what_teaches():
 def test_priority_by_hand():
     queue = filled([0.4], half_life=4.0)
     entry = queue.entries[0]
-    assert entry.uses == 1                                        # the update right after it was sampled
+    assert entry.uses == 1                                        # the update right after sampling
     assert queue.priority(entry, step=0) == pytest.approx(0.4 / 2)
     assert queue.priority(entry, step=4) == pytest.approx(0.4 / 2 / 2)
     entry.uses = 3
@@ -40,7 +40,7 @@ def test_priority_by_hand():
 def test_evicts_the_lowest_priority_and_on_a_tie_the_oldest():
     queue = filled([0.5, 0.1, 0.5], capacity=2)
     assert [e.group for e in queue.entries] == ["group 0", "group 2"]
-    queue.admit({"not": "comparable"}, 0.5, any_right=True, step=0)    # trap 12: equal scores, items without <
+    queue.admit({"not": "comparable"}, 0.5, any_right=True, step=0)    # equal priorities, no < between groups
     assert [e.group for e in queue.entries] == ["group 2", {"not": "comparable"}]
     assert not queue.admit("too weak", 0.01, any_right=True, step=0)
     assert queue.counts["evicted"] == 3
@@ -95,7 +95,7 @@ def test_state_continues_where_it_was():
     assert draws[0] == draws[1] and one.stats(1) == two.stats(1)
 
 
-# ------------------------------------------------------------------------------------------- trap 13: the name
+# ------------------------------------------------------------------------- the name: two modules called queue
 CHECK = ("import pickle, queue; from queue import SampleQueue, Full, Queue, SimpleQueue, Empty\n"
          "q = Queue(1); q.put(1)\n"
          "try: q.put_nowait(2); raise SystemExit('no Full')\n"

@@ -1,4 +1,4 @@
-"""The built-in model: the kept files are what the builder makes, demonstrations what rollouts look like."""
+"""scripts/tiny.py: the builder makes the files in tiny/, and demonstrations look like rollouts."""
 import random
 import re
 import subprocess
@@ -27,7 +27,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory):
-    """The builder itself, for two steps of each kind."""
+    """What the builder makes with two steps of each kind of training."""
     out = tmp_path_factory.mktemp("built") / "tiny"
     command = [sys.executable, "-m", "scripts.tiny", "--out", out, "--copy-steps", "2", "--steps", "2"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
@@ -53,7 +53,7 @@ def test_the_builder_overwrites_nothing(rebuilt):
 
 
 def test_autotokenizer_gives_the_tokens_the_model_was_trained_with(chat):
-    """To model type qwen2 it gives a pre-tokenizer of its own: such a model read and wrote garbage."""
+    """For the model type qwen2 it would take its own pre-tokenizer: such a model read and wrote garbage."""
     built, loaded = tiny.build_tokenizer(0), chat.tokenizer
     text = 'How many ft are 37 m?\nfinal_answer(lookup("Kavodu", "area"))\n```'
     assert loaded.tokenize(text) == built.tokenize(text)
@@ -100,7 +100,7 @@ def test_demonstrations_show_training_names_only_and_mostly_wrong_ways(chat):
 
 
 def test_the_executor_shows_what_the_demonstrations_show(chat):
-    """They run in the builder's process for speed; here the same code runs in the real sandbox."""
+    """The builder runs their code in its own process, for speed; here the same code runs in the real sandbox."""
     with Executor(sandbox="auto") as executor:
         for family in tiny.DEMOS:
             ids, mask = tiny.demonstrate(chat, family, random.Random(11), 0)
@@ -132,8 +132,8 @@ def test_the_kept_model_writes_code_that_runs_and_is_mostly_wrong():
 
 
 @pytest.mark.slow
-def test_the_kept_model_is_where_learning_shall_begin():
-    """At most 0.40 greedy and 0.35 sampled on 448 held-out core tasks; but something to reinforce."""
+def test_the_kept_model_leaves_something_to_learn():
+    """On 448 held-out core tasks: at most 0.40 right greedy and 0.35 sampled, but enough to reinforce."""
     policy, tasks = load_policy("tiny"), builtin_tasks("heldout", 448, 0, CORE)
     assert 0.10 < success(policy, tasks, 0.0)[0] <= 0.40
     assert 0.20 < success(policy, tasks, 1.0)[0] <= 0.35
