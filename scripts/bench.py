@@ -78,7 +78,7 @@ def quantised(linear: torch.nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
 
 
 def run_engine(model, work: Workload, slots: int, latency=(0.0, 0.0)) -> dict:
-    """Sample the workload once with the engine: the figures, and the trajectories under "out"."""
+    """One pass over the workload with the engine: its figures, and the trajectories under "out"."""
     episodes, vocabulary = scripted(work, model.config.vocab_size, latency), model.config.vocab_size
     with engine.sampling_mode(model, deterministic=False):
         sampler = engine.Engine(model, slots, work.context, 1.0, np.zeros(vocabulary, dtype=bool),
