@@ -35,6 +35,7 @@ from machinery.checkpoint import append, begin, keep_best, log_trajectories, res
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.memory import apply_plan
 from machinery.ranks import everyone
+from machinery.versions import warn_of_other_versions
 from machinery.web import Cache
 from policy import LORA_RANK, Policy, load_policy, model_config, parameter_counts, preset_for
 from reward import Judge, check_judge, compute_rewards
@@ -428,6 +429,7 @@ def command(argv=None):
     cfg, given = parse_args(argv)
     try:
         ranks.join()
+        warn_of_other_versions()
         with Executor(cfg.sandbox) as executor:
             run = start(cfg, given, executor)
             run.say("configuration: " + json.dumps(asdict(run.cfg)))

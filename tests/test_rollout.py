@@ -27,9 +27,9 @@ from transformers import (
 
 import rollout as rollout_module
 from machinery import engine as engine_module
-from machinery.fast_layers import fast_layers
 from machinery.engine import Engine, refusal, sampling_mode
-from scripts.bench import Scripted, Workload, scripted
+from machinery.fast_layers import fast_layers
+from scripted import Scripted, Workload, scripted
 from executor import Executor, Limits
 from oracle import oracle
 from policy import load_policy
