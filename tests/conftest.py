@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread (tiny models are fastest so, and bit-equal), and the sample queue on its name."""
+"""Shared by all tests: one torch thread (tiny models are fastest so, and bit-equal); our queue.py under its name."""
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
