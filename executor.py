@@ -394,7 +394,7 @@ class Runner:
         sys.argv = [""]
         sys.path.append(os.getcwd())
         self.file = self.main.__file__ = os.path.join(os.getcwd(), "cell.py")   # it does not exist, and
-        self.main.__spec__, self.source = ModuleSpec("__main__", None), ""      # so multiprocessing must not run it
+        self.main.__spec__, self.lines = ModuleSpec("__main__", None), []       # so multiprocessing must not run it
         os.environ.update(HOME=os.getcwd(), TMPDIR="/tmp" if getppid() == 1 else os.getcwd(), USER="user")
         tools = {name: self.tool(name, doc) for name, doc in setup["tools"].items()}
         vars(self.main).update(tools, final_answer=self.final_answer, ToolError=ToolError, __builtins__=builtins)
@@ -409,7 +409,8 @@ class Runner:
             io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
             for descriptor in (1, 2)]
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams
-        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))       # exit() closes it
+        if getattr(sys.stdin, "closed", True):          # exit() closes it
+            sys.stdin = open(0, closefd=False)
         signal(SIGINT, self.on_interrupt)
         pthread_sigmask(SIG_UNBLOCK, {SIGINT})
         self.in_cell = self.armed = True
@@ -437,9 +438,9 @@ class Runner:
     def execute(self, code: str) -> str | None:
         """Run the code in the module __main__; returns the repr of a last bare expression."""
         name, space, code = f"<cell {self.cell}>", vars(self.main), code.removeprefix("\ufeff")
-        self.source = f"{code}\n{self.source}"          # the newest first: where `inspect` looks for a class
-        for file, text in ((name, code), (self.file, self.source)):
-            linecache.cache[file] = len(text), None, text.splitlines(True), file
+        linecache.cache[name] = len(code), None, code.splitlines(True), name
+        self.lines[:0] = f"{code}\n".splitlines(True)   # the newest first: where `inspect` looks for a class
+        linecache.cache[self.file] = 0, None, self.lines, self.file
         tree = ast.parse(code, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), space)

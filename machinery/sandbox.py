@@ -36,6 +36,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from machinery.cli import UserError
@@ -194,6 +195,7 @@ def zygote(base: str | None, run_cells: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
     Path("/proc/self/oom_score_adj").write_text("900")  # "none" was not launched
+    seccomp_program(os.uname().machine, base is None)   # once, for all sessions
     gc.collect()
     gc.freeze()                                         # a collection does not touch, so copy, these pages
     host.send(b"ready")
@@ -282,9 +284,8 @@ def confine(isolated: bool) -> None:
     if ruleset >= 0:
         check(libc.syscall(446, ruleset, 0), "landlock")
         os.close(ruleset)
-    rules = seccomp_rules(os.uname().machine, isolated)
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-    filters = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(program))
+    program = ctypes.create_string_buffer(seccomp_program(os.uname().machine, isolated))
+    filters = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(program))
     check(libc.prctl(PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")
 
 
@@ -309,7 +310,8 @@ IGNORED = "setsid 112 157, setpgid 109 154"     # in `none` they do nothing: one
 HARMLESS = (424, 434, 436, 437, 439, 441, 449)
 
 
-def seccomp_rules(machine: str, isolated: bool) -> list[tuple[int, int, int, int]]:
+@lru_cache
+def seccomp_program(machine: str, isolated: bool) -> bytes:
     """Classic BPF over struct seccomp_data: the number at 0, architecture at 4, arguments from 16 on, 8 bytes each."""
     column, arch = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}[machine]
     load, equal, at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
@@ -327,7 +329,7 @@ def seccomp_rules(machine: str, isolated: bool) -> list[tuple[int, int, int, int
         rules += [(equal, 0, 5, int(numbers[column])), (load, 0, 0, 16 + 8 * int(argument)),
                   (mask_with, 0, 0, int(mask, 16)), (equal, *jumps, int(value, 16)),
                   (give, 0, 0, errno | EPERM), (load, 0, 0, 0)]
-    return rules + [allow]
+    return b"".join(struct.pack("HBBI", *rule) for rule in rules + [allow])
 
 
 class Supervisor:
@@ -381,7 +383,8 @@ class Supervisor:
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)     # code may look at its own /proc/self
             self.run_cells(socket.socket(fileno=wire), output, self.setup)
         os.close(begun)
-        os.read(ready, 1)                               # until it has called setsid
+        if not self.isolated:
+            os.read(ready, 1)                           # until it has called setsid
         os.close(ready)
         os.close(output)
         self.runner, self.everyone = runner, -1 if self.isolated else -runner
@@ -389,9 +392,7 @@ class Supervisor:
         self.control.send(b"started")
 
     def resume(self) -> None:
-        """Let the runner go on with a cell. It stood still and was alone since the last pause, or it is killed."""
-        if self.paused and (not self.stopped or others(self.runner)):
-            return self.lose("killed it went on between two cells")
+        """Let the runner go on with a cell. It stood still, and alone, since the pause, or `reap` has killed it."""
         self.busy, self.paused, self.next_look = True, False, time.monotonic() + 0.1
         os.kill(self.runner, signal.SIGCONT)
 
@@ -404,15 +405,17 @@ class Supervisor:
         until = time.monotonic() + 0.5 * self.setup["grace"]
         while time.monotonic() < until and self.runner is not None:
             os.kill(self.everyone, signal.SIGSTOP)
+            self.reap()
+            if not self.stopped:
+                select.select([self.events], [], [], 0.001)
+                self.reap()
             for pid in (started := others(self.runner)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self.reap()
-            if self.stopped and not started:
+            if self.stopped and not started and self.runner is not None:
                 self.busy, self.paused = False, True
                 self.control.send(b"paused")
                 return
-            select.select([self.events], [], [], 0.001)
         if self.runner is not None:
             self.lose("killed it could not be stopped")
 
