@@ -43,7 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from machinery.cli import UserError, option
 from machinery.engine import attention
-from machinery.head import HeadLogps
+from machinery.head import head_logps
 from machinery.memory import halving
 from machinery.prefix_tree import Tree, make_tree, pack, shared_heads, tree_logps
 from machinery.ranks import sum_gradients, sum_over_ranks
@@ -57,11 +57,12 @@ Batch = Sequence[tuple[Trajectory, float]]      # trajectories and their advanta
 
 @dataclass
 class GRPOConfig:
-    loss: str = option("dapo", "advantage, normaliser and clip: see LOSSES in grpo.py", ("dapo", "grpo", "dr_grpo"))
+    loss: str = option(
+        "dapo", "advantage, normaliser and clip: see LOSSES in grpo.py", choices=("dapo", "grpo", "dr_grpo"))
     beta: float = option(1e-3, "weight of the KL penalty; 0 skips the reference pass", zero=True)
     epochs: int = option(1, "passes over a batch")
     minibatches: int = option(1, "optimiser steps per pass")
-    token_budget: int = option(8192, "padded tokens per micro-batch: bounds memory, changes no result")
+    token_budget: int = option(8192, "tokens per micro-batch: bounds memory, changes no result")
     eps_low: float | None = option(None, "lower clip bound, 1 - eps_low; default: the loss's", flag=False)
     eps_high: float | None = option(None, "upper clip bound, 1 + eps_high; default: the loss's", flag=False)
     dual_clip: float = option(3.0, "where A < 0, the objective is at least dual_clip * A", flag=False)
@@ -134,7 +135,8 @@ def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cf
     def select(x):                              # (B, T); never mask * x, because 0 * nan is nan
         return torch.where(loss_mask, x, 0.0)   # outside l = 0 and A = 0, so loss and gradient are 0
     l = select(logp)
-    l_old, l_behaviour = select(logp_old.detach()), select(logp_behaviour.detach())
+    l_old = select(logp_old.detach())
+    l_behaviour = select(logp_behaviour.detach())
     A = select(advantage)                                                               # (B, T)
     eps_low, eps_high = cfg.clip
     # (4)  r = exp(l - l_old)                                                                    (PPO section 3)
@@ -147,7 +149,9 @@ def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cf
     s = torch.where(A < 0, torch.max(s, cfg.dual_clip * A), s)
     # (7)  k = exp(d) - d - 1, d = l_ref - l. Its value estimates KL(pi || ref); its gradient, (1 - exp d) grad l,
     #      is in expectation that of KL(ref || pi)                                              (k3; GRPO eq. 4)
-    k = k3(select(logp_ref.detach()) - l) if logp_ref is not None else torch.zeros_like(l)
+    k = torch.zeros_like(l)
+    if logp_ref is not None:
+        k = k3(select(logp_ref.detach()) - l)
     # (8)  L = sum of c (beta k - s) / N
     loss = (c * (cfg.beta * k - s) / normaliser).sum()
     clipped_above = (A > 0) & (r > 1 + eps_high)
@@ -215,12 +219,10 @@ def token_logps(model, ids: torch.Tensor, mask: torch.Tensor, temperature=1.0, c
     is no attention mask. mask (B, T): True = sampled. chunk: positions whose logits exist at one time.
     """
     causal = model.get_base_model()                     # the adapter lies in its layers
-    head = causal.get_output_embeddings()
-    assert not head.weight.requires_grad and head.bias is None, "HeadLogps has no gradient for the head"
     hidden = causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state        # (B, T-1, H)
     rows, t = mask[:, 1:].nonzero(as_tuple=True)        # (N,): the state at t predicts the token at t + 1
-    chunk = chunk or max(1, 2**26 // len(head.weight))  # 256 MiB of logits
-    logp, entropy = HeadLogps.apply(hidden[rows, t], head.weight, ids[rows, t + 1], temperature, chunk)     # (N,)
+    states, targets = hidden[rows, t], ids[rows, t + 1]                                 # (N, H), (N,)
+    logp, entropy = head_logps(causal, states, targets, temperature, chunk)             # (N,), (N,)
     zeros = logp.new_zeros(ids.shape)                                                   # (B, T)
     return zeros.index_put((rows, t + 1), logp), zeros.index_put((rows, t + 1), entropy)
 
@@ -245,10 +247,11 @@ class MicroBatch:
         return tree_logps(policy.model, self.tree, self.mask, temperature)
 
     def part(self, rows: slice) -> "MicroBatch":
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        tree = values.pop("tree", None)
-        parts = {name: value[rows] for name, value in values.items()}
-        return MicroBatch(**parts, tree=tree and tree.part(rows))
+        parts = {}
+        for name, value in vars(self).items():
+            if value is not None:
+                parts[name] = value[rows]       # of lists, of tensors and of the tree
+        return MicroBatch(**parts)
 
     def halves(self) -> list["MicroBatch"]:
         if len(self.rows) == 1:
@@ -277,7 +280,8 @@ def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device, 
         def padded(name, dtype, trajectories=trajectories):                             # (B, T)
             tensors = [torch.tensor(getattr(t, name), dtype=dtype) for t in trajectories]
             return pad_sequence(tensors, batch_first=True).to(device)
-        ids, advantages = padded("ids", torch.long), [[batch[rows[i]][1]] for i in part]
+        ids = padded("ids", torch.long)
+        advantages = [[batch[rows[i]][1]] for i in part]
         tree = None
         if shared:
             tree = make_tree([t.ids for t in trajectories], shared, device, ids.shape[1])
@@ -314,8 +318,15 @@ def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperat
                 micro.ref, _ = micro.logps(policy, temperature)
 
 
-def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperature: float, token_limit: int,
-               tokens: float, sequences: float):
+def accumulate(
+    policy: Policy,
+    minibatch: list[MicroBatch],
+    cfg: GRPOConfig,
+    temperature: float,
+    token_limit: int,
+    tokens: float,
+    sequences: float,
+):
     """This rank's gradients of an optimiser step: (sums over its loss tokens, rows that are *not finite*)."""
     policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, not_finite = Counter(), []
@@ -335,14 +346,25 @@ def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, tem
         numbers = logp.detach() + micro.old + micro.behaviour + micro.advantage             # (B, T)
         if micro.ref is not None:
             numbers = numbers + micro.ref
-        finite = (numbers.isfinite() | ~micro.mask).all(1).tolist()                         # B booleans
-        not_finite += [row for row, ok in zip(micro.rows, finite) if not ok]
+        finite = numbers.isfinite() | ~micro.mask                                           # (B, T)
+        for row, ok in zip(micro.rows, finite.all(1).tolist()):
+            if not ok:
+                not_finite.append(row)
     return sums, not_finite
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: GRPOConfig, temperature: float = 1.0,
-           token_limit: int = 1024, fresh: Sequence[bool] | None = None, seed: int = 0, progress=None,
-           plain: bool = False) -> UpdateStats:
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    cfg: GRPOConfig,
+    temperature: float = 1.0,
+    token_limit: int = 1024,
+    fresh: Sequence[bool] | None = None,
+    seed: int = 0,
+    progress=None,
+    plain: bool = False,
+) -> UpdateStats:
     """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
     temperature: at which the batch was sampled. token_limit: sampled tokens that a trajectory may have (for dr_grpo).
@@ -352,10 +374,12 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: 
     Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
     process on the whole. An optimiser step with a number that is *not finite* is skipped, on all ranks, and noted.
     """
-    stats, sums = UpdateStats(token_budget=cfg.token_budget), Counter()
+    stats = UpdateStats(token_budget=cfg.token_budget)
+    sums = Counter()
     shared = 0 if plain else shared_heads(policy.model)
-    minibatches = [micro_batches(batch, rows, cfg.token_budget, policy.device, shared)
-                   for rows in split_groups(batch, cfg.minibatches, seed)]
+    minibatches = []
+    for rows in split_groups(batch, cfg.minibatches, seed):
+        minibatches.append(micro_batches(batch, rows, cfg.token_budget, policy.device, shared))
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
     with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
         for k in range(cfg.minibatches):
@@ -398,7 +422,8 @@ def optimiser_step(policy: Policy, optimizer, cfg: GRPOConfig, stats: UpdateStat
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     sick = sum_over_ranks({"trajectories": len(not_finite)}, policy.device)     # the clamps can hide a nan
     if sick["trajectories"] or not math.isfinite(norm):
-        stats.notes.append(f"optimiser step skipped: not finite is {', '.join(not_finite) or 'the gradient'}")
+        names = ", ".join(not_finite) or "the gradient"
+        stats.notes.append(f"optimiser step skipped: not finite is {names}")
         return False
     optimizer.step()
     stats.optimiser_steps += 1
