@@ -131,16 +131,15 @@ def quantised(linear: torch.nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
 
 def run_engine(model, work: Workload, slots: int, latency=(0.0, 0.0)) -> dict:
     """One pass over the workload with the engine: its figures, and the trajectories under "out"."""
-    episodes, vocabulary = scripted(work, model.config.vocab_size, latency), model.config.vocab_size
+    episodes = scripted(work, model.config.vocab_size, latency)
     with engine.sampling_mode(model, deterministic=False):
-        sampler = engine.Engine(model, slots, work.context, 1.0, np.zeros(vocabulary, dtype=bool),
-                                rollout.sample_tokens)
+        sampler = engine.Engine(model, slots, work.context, 1.0, [], rollout.sample_tokens)
         start = Stopwatch(model)
-        out = list(sampler.run(episodes))
+        out = list(sampler.sample(episodes))
         figures = start.figures(sampler.sampled)
     # every token once, prompts once a group, and the last token of all never
     minimum = sum(len(ids) - 1 - work.prompt for _, ids, *_ in out) + work.groups * work.prompt
-    return figures | {"slots": slots, "steps": sampler.steps, "idle_share": sampler.idle / figures["wall_s"],
+    return figures | {"slots": slots, "steps": sampler.ticks, "idle_share": sampler.idle / figures["wall_s"],
                       "forwarded_over_minimum": sampler.forwarded / minimum, "out": out}
 
 

@@ -1,6 +1,7 @@
-"""rollout.py: exact log-probs, the oracle's very trajectories, the protocol, failures, reproducibility.
+"""rollout.py and machinery/engine.py: exact log-probs, the plain sampler and the engine against each other and
+against `generate`, the protocol, failures, reproducibility.
 
-Three kinds of models: random ones (numbers), `Parrot` (random, but it says what a script says: the protocol
+Three kinds of models: random ones (numbers), `Parrot` (random, but it writes what a script says: the protocol
 end to end), and the built-in tiny model with the real executor.
 """
 import dataclasses
@@ -10,6 +11,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,19 +20,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
-    Qwen3Config, Qwen3ForCausalLM,
+    DiffLlamaConfig, DiffLlamaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
+    MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+    Qwen3NextConfig, Qwen3NextForCausalLM, StableLmConfig, StableLmForCausalLM,
 )
 
-import rollout as room
+import rollout as rollout_module
 from machinery import engine as engine_module
-from machinery.engine import Engine, sampling_mode
+from machinery.engine import Engine, refusal, sampling_mode
 from scripts.bench import Scripted, Workload, scripted
 from executor import Executor, Limits
 from oracle import oracle
 from policy import load_policy
 from rollout import (
-    CODE, Chat, Episode, Sampling, Trajectory, build_prompt, make_episodes, rollout,
+    CODE, Chat, Episode, Sampling, Trajectory, build_prompt, rollout, sample_plainly, sample_tokens,
 )
 from tasks import BUILTIN_TOOLS, Task, builtin_tasks
 from machinery.cli import UserError
@@ -88,16 +91,18 @@ def with_lora(model):
 
 
 class Parrot(Qwen2ForCausalLM):
-    """Says `script[p]` at position p, whatever came before."""
+    """Writes `script[p]` at position p, whatever came before."""
     script: list[int] = []
 
-    def forward(self, input_ids, position_ids=None, logits_to_keep=0, **kwargs):
-        out = super().forward(input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
-        if position_ids is not None:
-            chosen = isinstance(logits_to_keep, torch.Tensor)
-            kept = position_ids[:, logits_to_keep] if chosen else position_ids
-            said = torch.tensor(self.script + [0] * 1024)[kept[:, -out.logits.shape[1]:] + 1]
-            out.logits.scatter_add_(-1, said[..., None], torch.full_like(out.logits[..., :1], 1e4))
+    def forward(self, input_ids, position_ids=None, past_key_values=None, logits_to_keep=0, **kwargs):
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        kept = torch.arange(start, start + input_ids.shape[1])[None] if position_ids is None else position_ids
+        out = super().forward(input_ids, position_ids=position_ids, past_key_values=past_key_values,
+                              logits_to_keep=logits_to_keep, **kwargs)
+        if isinstance(logits_to_keep, torch.Tensor):
+            kept = kept[:, logits_to_keep]
+        written = torch.tensor(self.script + [0] * 1024)[kept[:, -out.logits.shape[1]:] + 1]
+        out.logits.scatter_add_(-1, written[..., None], torch.full_like(out.logits[..., :1], 1e4))
         return out
 
 
@@ -107,10 +112,22 @@ def as_policy(model, tokenizer=TOKENIZER, style="short"):
 
 def run_engine(model, episodes, slots, context=512, temperature=1.0, deterministic=False):
     with sampling_mode(model, deterministic):
-        never = np.zeros(model.config.vocab_size, bool)
-        engine = Engine(model, slots, context, temperature, never, room.sample_tokens, deterministic)
-        out = {(e.group, *e.seed): columns for e, *columns in engine.run(episodes)}
+        engine = Engine(model, slots, context, temperature, [], sample_tokens, deterministic)
+        out = {(e.group, *e.seed): columns for e, *columns in engine.sample(episodes)}
     return engine, out
+
+
+def run_plainly(model, episodes, context=512, temperature=1.0):
+    with sampling_mode(model, False):
+        return {(e.group, *e.seed): columns for e, *columns in sample_plainly(model, episodes, context, temperature)}
+
+
+def same(ours: Trajectory, theirs: Trajectory) -> bool:
+    """Equal but for the clock; log-probs within 1e-5."""
+    def exact(t):
+        turns = [dataclasses.replace(turn, seconds=0.0) for turn in t.turns]
+        return dataclasses.replace(t, logps=[], seconds=0.0, turns=turns)
+    return exact(ours) == exact(theirs) and np.allclose(ours.logps, theirs.logps, rtol=0, atol=1e-5)
 
 
 WORK = Workload(groups=2, turns=3, sampled=(3, 40), observed=(1, 90), prompt=50, context=512)
@@ -155,7 +172,7 @@ CASES = {
 def test_logps_are_those_of_a_plain_full_forward(case, temperature):
     model = CASES[case]()
     engine, out = run_engine(model, scripted(WORK, VOCABULARY), 5, temperature=temperature)
-    assert len(out) == 16
+    assert len(out) == 16 and refusal(model) == ""
     for ids, mask, logps, _ in out.values():
         assert largest_difference(model, ids, mask, logps, temperature) < 1e-4
         assert all(p == 0.0 for p, m in zip(logps, mask) if not m)
@@ -169,6 +186,7 @@ def test_nf4_with_adapter_on_and_off(tmp_path):
     with torch.no_grad():
         for p in policy.trainable():
             p.normal_(std=0.1)
+    assert refusal(policy.model) == ""
     _, on = run_engine(policy.model, scripted(WORK, VOCABULARY), 8)
     with policy.reference():
         _, off = run_engine(policy.model, scripted(WORK, VOCABULARY), 8)
@@ -186,34 +204,108 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
     n = 20_000
     even = (torch.arange(n, dtype=torch.float64) + 0.5) / n         # an even grid: exact but for 1 / n
     for temperature in (1.0, 0.7):
-        ids, logps = room.sample_tokens(logits.expand(n, -1), temperature, even)
+        ids, logps = sample_tokens(logits.expand(n, -1), temperature, even)
         p = torch.softmax(logits[0] / temperature, -1)
         assert (torch.bincount(ids, minlength=50) / n - p).abs().max() < 1.5 / n + 1e-6
         assert torch.allclose(logps, p.log()[ids], atol=1e-5) and logps.dtype == torch.float32
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    ids, logps = room.sample_tokens(torch.tensor([[-200.0, 0.0, 0.0, -200.0]] * 2), 1.0, edges)
+    ids, logps = sample_tokens(torch.tensor([[-200.0, 0.0, 0.0, -200.0]] * 2), 1.0, edges)
     assert ids.tolist() == [1, 2] and logps.exp().min() > 0.49
-    ids, logps = room.sample_tokens(logits, 0, even[:1])
+    ids, logps = sample_tokens(logits, 0, even[:1])
     assert ids.item() == logits.argmax() and torch.allclose(logps, torch.log_softmax(logits, -1).max())
 
 
-def test_greedy_in_float64_equals_the_oracle_token_for_token(executor):
-    """Real turns of the built-in model (code, observations, all kinds of ends), against `generate` a turn."""
-    policy = load_policy("tiny", dtype=torch.float64)
-    sampling, tasks = tiny_sampling(policy, temperature=0), builtin_tasks("heldout", 22, 0)
-    ours = {t.task_id: t for [t] in rollout(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, 0)}
-    chat = Chat(policy.tokenizer)
-    episodes = make_episodes(chat, policy.preset.prompt, tasks, executor, BUILTIN_TOOLS, sampling, 1, 0)
-    watch = chat.watched(policy.model.config.vocab_size)
-    theirs = list(oracle(policy.model, episodes, sampling.context_tokens, 0, watch, 8))
+@pytest.fixture(scope="module")
+def tiny64():
+    return load_policy("tiny", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_greedy_in_float64_equals_the_oracle_token_for_token(executor, tiny64, plain):
+    """Real turns of the built-in model (code, observations, all kinds of ends), against `generate` per turn."""
+    sampling, tasks = tiny_sampling(tiny64, temperature=0, plain=plain), builtin_tasks("heldout", 22, 0)
+    ours = {t.task_id: t for [t] in rollout(tiny64, tasks, executor, BUILTIN_TOOLS, sampling, 1, 0)}
+    chat = Chat(tiny64.tokenizer)
+    prompts = [build_prompt(chat, task, BUILTIN_TOOLS, tiny64.preset.prompt) for task in tasks]
+    episodes = [Episode(task, 0, 0, group, prompts[group], chat, executor, BUILTIN_TOOLS, sampling)
+                for group, task in enumerate(tasks)]
+    watch = np.isin(np.arange(tiny64.model.config.vocab_size), list(chat.may_end_turn))
+    theirs = list(oracle(tiny64.model, episodes, sampling.context_tokens, 0, watch, 8))
     for episode, ids, mask in theirs:
         t = ours[episode.task.id]
         assert t.ids == ids and t.mask == mask and t.answer == episode.answer
         assert t.stop_reason == episode.stop_reason
         assert [s.text for s in t.turns] == [s.text for s in episode.turns]
-        assert largest_difference(policy.model, t.ids, t.mask, t.logps) < 1e-4
+        assert largest_difference(tiny64.model, t.ids, t.mask, t.logps) < 1e-4
     assert len(theirs) == 22 and any(len(t.turns) > 1 for t in ours.values())
     assert any(t.answer for t in ours.values())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_engine_equals_the_plain_sampler_token_for_token(executor, tiny64, temperature):
+    """The definition of sampling against the batched engine: real turns, real code, every way to stop."""
+    tasks = builtin_tasks("heldout", 22, 1)
+    tasks.append(dataclasses.replace(tasks[0], id="bad", files={"../x": b""}))      # the executor refuses the name
+    first = len(build_prompt(Chat(tiny64.tokenizer), tasks[0], BUILTIN_TOOLS, "short"))
+    seen = set()
+    assert refusal(tiny64.model) == ""
+    for some, changes in ((tasks, {}), (tasks[:6], {"max_turns": 1}), (tasks[:6], {"turn_tokens": 24}),
+                          (tasks[:6], {"context_tokens": first + 20})):
+        sampling = dataclasses.replace(tiny_sampling(tiny64, temperature=temperature), **changes)
+        engine, plain = [rollout(tiny64, some, executor, BUILTIN_TOOLS, dataclasses.replace(sampling, plain=way), 1, 5)
+                         for way in (False, True)]
+        assert all(same(ours, theirs) for [ours], [theirs] in zip(plain, engine)) and len(plain) == len(some)
+        seen |= {t.stop_reason for [t] in plain}
+    assert seen == {"answer", "turn_limit", "context_limit", "length", "error"}
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_scripted_turns_and_long_observations_are_equal_too(temperature):
+    model = make_model(dtype=torch.float64)
+    _, engine = run_engine(model, scripted(WORK, VOCABULARY), 5, temperature=temperature)
+    plain = run_plainly(model, scripted(WORK, VOCABULARY), temperature=temperature)
+    assert engine.keys() == plain.keys() and len(plain) == 16
+    for key, (ids, mask, logps, _) in plain.items():
+        assert engine[key][:2] == [ids, mask] and np.allclose(engine[key][2], logps, rtol=0, atol=1e-5)
+
+
+# --------------------------------------------------------------------------- what the engine does not serve
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+              num_hidden_layers=4, head_dim=16, initializer_range=0.05)
+REFUSED = {
+    "sliding-window attention": lambda: make_model(MistralForCausalLM, MistralConfig, sliding_window=32),
+    "sliding-window": lambda: make_model(use_sliding_window=True, sliding_window=32, max_window_layers=1),
+    "linear attention": lambda: make_model(Qwen3NextForCausalLM, Qwen3NextConfig, **MOE, **LINEAR),
+    "once per layer": lambda: make_model(DiffLlamaForCausalLM, DiffLlamaConfig),        # twice
+    "by name": lambda: make_model(StableLmForCausalLM, StableLmConfig),     # it hands no arguments down
+    "look up": lambda: make_model(GPT2LMHeadModel, GPT2Config),             # no key heads in its config
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_engine_does_not_serve_is_sampled_plainly_with_exact_logps(reason):
+    model = REFUSED[reason]()
+    assert reason in refusal(model) and model.config._attn_implementation == "sdpa"
+    out = run_plainly(model, scripted(WORK, VOCABULARY)[::4])
+    assert len(out) == 4 and max(len(ids) for ids, *_ in out.values()) > 120     # four windows
+    assert all(largest_difference(model, *columns[:3]) < 1e-4 for columns in out.values())
+
+
+def test_the_fallback_is_announced_once(executor):
+    chat, task = Chat(TOKENIZER), Task("t", "What is twice 21?", "42")
+    prompt = build_prompt(chat, task, [], "short")
+    window = dict(use_sliding_window=True, sliding_window=32, max_window_layers=0)
+    model, ids, mask = parrot(prompt, [chat.encode(FIRST), chat.encode(LAST)], ["21"], chat, **window)
+    assert len(ids) > 3 * 32
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            [[t]] = rollout(as_policy(model), [task], executor, [], SHORT, 1, 0)
+            assert (t.ids, t.mask, t.answer, t.stop_reason) == (ids, mask, "42", "answer")
+            rollout(as_policy(model), [task], executor, [], dataclasses.replace(SHORT, plain=True), 1, 0)
+    assert [str(w.message) for w in seen] == [
+        "the batched engine does not serve this model (sliding-window attention): sampling one trajectory at a time"]
 
 
 # ----------------------------------------------------------------------------------------- whatever the batch
@@ -266,9 +358,9 @@ def test_slots_decode_while_another_waits_for_its_tool():
     """One slow tool delays its own trajectory only; where no other is left, the waiting counts as idle."""
     class Slow(Scripted):
         def act(self):
-            before = engine.steps
+            before = engine.ticks
             time.sleep(0.3)
-            meanwhile.append(engine.steps - before)
+            meanwhile.append(engine.ticks - before)
 
     model, meanwhile, episodes = make_model(), [], scripted(WORK, VOCABULARY)[:8]
     episodes[0].__class__ = Slow
@@ -276,8 +368,8 @@ def test_slots_decode_while_another_waits_for_its_tool():
     for episode in episodes[1:]:
         episode.lengths, episode.observations = [400], [[]]
     with sampling_mode(model, False):
-        engine = Engine(model, 8, 512, 1.0, np.zeros(VOCABULARY, bool), room.sample_tokens)
-        out = list(engine.run(episodes))
+        engine = Engine(model, 8, 512, 1.0, [], sample_tokens)
+        out = list(engine.sample(episodes))
     assert len(out) == 8 and meanwhile[0] > 5
     episodes = scripted(WORK, VOCABULARY, latency=(0.05, 0.05))[:1]
     engine, _ = run_engine(model, episodes, 1)
@@ -304,17 +396,17 @@ def test_a_chunk_survives_the_output_layout_of_the_memory_efficient_kernel(monke
 
 
 def test_blocks_cover_each_slot_once_and_spare_short_rows_the_long_ones_span():
-    engine = Engine(make_model(), 16, 512, 1.0, np.zeros(VOCABULARY, bool), room.sample_tokens)
+    engine = Engine(make_model(), 16, 512, 1.0, [], sample_tokens)
     engine.call_cost = 100
-    engine.done[:] = [10, 20, 15, 500, 490, 12, 30, 28, 0, 0, 9, 300, 310, 305, 11, 10]
+    engine.cached[:] = [10, 20, 15, 500, 490, 12, 30, 28, 0, 0, 9, 300, 310, 305, 11, 10]
     rows = np.array([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15])
     blocks = engine.blocks(rows)
     assert [(lo, hi) for lo, hi, *_ in blocks] == [(0, 3), (3, 5), (5, 11), (11, 14), (14, 16)]
     for lo, hi, span, mask in blocks:
-        assert span <= engine.done[lo:hi].max() + engine.SPAN
+        assert span <= engine.cached[lo:hi].max() + engine.SPAN
         if mask is not None:
             for slot in set(range(lo, hi)) & set(rows.tolist()):
-                assert (mask[slot - lo, 0, 0] == 0).sum() == engine.done[slot]
+                assert (mask[slot - lo, 0, 0] == 0).sum() == engine.cached[slot]
 
 
 def test_sampling_leaves_the_model_as_it_was():
@@ -322,17 +414,13 @@ def test_sampling_leaves_the_model_as_it_was():
     threads = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError), sampling_mode(model, True):
         assert not model.training and not torch.is_grad_enabled()
+        running = Engine(model, 2, 512, 1.0, [], sample_tokens).sample(scripted(WORK, VOCABULARY))
+        next(running)
+        assert model.config._attn_implementation == "rollout"
+        running.close()
         1 / 0
     assert model.training and model.config._attn_implementation == "sdpa" and torch.is_grad_enabled()
     assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize("config", [MistralConfig(sliding_window=128), Qwen2Config(
-    use_sliding_window=True, sliding_window=128, max_window_layers=1, num_hidden_layers=2)])
-def test_models_whose_attention_is_not_full_are_refused(config):
-    model = SimpleNamespace(training=False, config=config)
-    with pytest.raises(UserError, match="sliding"), sampling_mode(model, False):
-        pass
 
 
 # ----------------------------------------------------------------------------------------------- the protocol
@@ -340,9 +428,9 @@ FIRST = "Thought: print it.\n```python\nx = 20 + 1\nprint(x)\n```"
 LAST = "Thought: done.\n```python\nfinal_answer(x * 2)\n```"
 
 
-def parrot(prompt: list[int], turns: list[list[int]], observations: list[str], chat):
-    """A model that says these turns; the ids and mask that must come out if the observations are these."""
-    model, ids, mask = make_model(Parrot), list(prompt), [0] * len(prompt)
+def parrot(prompt: list[int], turns: list[list[int]], observations: list[str], chat, **changes):
+    """A model that writes these turns; the ids and mask that must come out if the observations are these."""
+    model, ids, mask = make_model(Parrot, **changes), list(prompt), [0] * len(prompt)
     for turn, observation in itertools.zip_longest(turns, observations):
         ids, mask = ids + turn, mask + [1] * len(turn)
         if observation is not None:
@@ -364,22 +452,24 @@ def test_a_whole_trajectory_end_to_end(executor, split):
     first = {"merged": chat.encode(FIRST), "letters": letters(FIRST),
              "tail": chat.encode(FIRST + "\n\n"),                      # the last token is more than the fence
              "im_end": chat.encode("I think.") + [chat.turn_end]}[split]
-    seen = room.NO_CODE if split == "im_end" else "21"
+    seen = rollout_module.NO_CODE if split == "im_end" else "21"
     last = chat.encode(LAST if split != "im_end" else LAST.replace("x * 2", "'4' + '2'"))
     turns, observations = [first, last], [seen]
     prompt = build_prompt(chat, task, [], "short")
     model, ids, mask = parrot(prompt, turns, observations, chat)
     [[t, twin]] = rollout(as_policy(model), [task], executor, [], SHORT, 2, 0)
+    [[plain]] = rollout(as_policy(model), [task], executor, [], dataclasses.replace(SHORT, plain=True), 1, 0)
+    assert same(plain, t)
     assert t.ids == ids == twin.ids and t.mask == mask and t.prompt_length == len(prompt)
     assert (t.answer, t.stop_reason, len(t.turns)) == ("42", "answer", 2)
     assert [s.status for s in t.turns] == ["ok" if split != "im_end" else "", "ok"]
     assert t.turns[0].code == (None if split == "im_end" else "x = 20 + 1\nprint(x)\n")
     assert t.turns[0].observation == seen
-    said = [TOKENIZER.decode(turn).removesuffix("<|im_end|>") for turn in turns]
-    messages = [{"role": "system", "content": room.SHORT}, {"role": "user", "content": task.question},
-                {"role": "assistant", "content": said[0]},
+    written = [TOKENIZER.decode(turn).removesuffix("<|im_end|>") for turn in turns]
+    messages = [{"role": "system", "content": rollout_module.SHORT}, {"role": "user", "content": task.question},
+                {"role": "assistant", "content": written[0]},
                 {"role": "user", "content": "Observation:\n" + seen},
-                {"role": "assistant", "content": said[1]}]
+                {"role": "assistant", "content": written[1]}]
     assert TOKENIZER.apply_chat_template(messages, tokenize=False) == TOKENIZER.decode(t.ids) + "<|im_end|>\n"
 
 
@@ -395,9 +485,9 @@ def test_code_is_the_first_closed_python_block(text, code):
 
 def test_a_turn_ends_with_the_token_that_completes_the_fence():
     episode = Episode(Task("t", "", ""), 0, 0, 0, [], Chat(TOKENIZER), None, [], SHORT)
-    watch = episode.chat.watched(VOCABULARY)
+    watch = episode.chat.may_end_turn
     for turn in (letters(FIRST), episode.chat.encode(FIRST)):
-        ends = [n for n in range(1, len(turn) + 1) if watch[turn[n - 1]] and episode.ended(turn[:n])]
+        ends = [n for n in range(1, len(turn) + 1) if turn[n - 1] in watch and episode.ended(turn[:n])]
         assert ends == [len(turn)]
     assert episode.ended([episode.chat.turn_end])
 
@@ -409,7 +499,10 @@ def test_limits_are_told_apart(executor):
     model, ids, mask = parrot(prompt, [first, first], ["21"], chat)
 
     def end(**limits):
-        [[t]] = rollout(as_policy(model), [task], executor, [], dataclasses.replace(SHORT, **limits), 1, 0)
+        sampling = dataclasses.replace(SHORT, **limits)
+        [[t]] = rollout(as_policy(model), [task], executor, [], sampling, 1, 0)
+        [[plain]] = rollout(as_policy(model), [task], executor, [], dataclasses.replace(sampling, plain=True), 1, 0)
+        assert same(plain, t)
         assert t.ids == ids[:len(t.ids)] and t.mask == mask[:len(t.ids)] and t.answer is None
         assert t.turns or t.ids == prompt
         return t.stop_reason, len(t.ids), len(t.turns)
@@ -419,7 +512,7 @@ def test_limits_are_told_apart(executor):
     assert end(turn_tokens=5) == ("length", len(prompt) + 5, 1)
     assert end(turn_tokens=len(first), max_turns=2) == ("turn_limit", whole, 2)         # ended just in time
     assert end(context_tokens=whole - 3) == ("context_limit", whole - 3, 2)             # inside a turn
-    assert end(context_tokens=one + 5) == ("context_limit", one, 1)              # the observation has no room
+    assert end(context_tokens=one + 5) == ("context_limit", one, 1)              # the observation does not fit
     assert end(context_tokens=whole - len(first)) == ("context_limit", one, 1)  # it has, but nothing after it
     assert end(context_tokens=whole - len(first) + 1) == ("context_limit", whole - len(first) + 1, 2)
     assert end(context_tokens=len(prompt)) == ("context_limit", len(prompt), 0)
@@ -468,7 +561,7 @@ def test_prompts_say_what_there_is():
 
 def test_a_template_that_forgets_gets_its_glue_all_the_same_and_one_that_rewrites_is_refused():
     chat, forgetful = Chat(TOKENIZER), Chat(make_tokenizer(FORGETFUL))
-    assert forgetful.between([5], 7) == chat.between([5], 7) and forgetful.start == chat.start
+    assert forgetful.between([5], 7) == chat.between([5], 7) and forgetful.before_turn == chat.before_turn
     for broken in (None, "{{ raise_exception('no system role') }}", QWEN.replace("m.content", "m.content[1:]"),
                    SYSTEM_LAST, QWEN.replace("<|im_end|>", ""), "{% for m in messages %}{{ m.content }}{% endfor %}"):
         with pytest.raises(UserError, match="template"):
@@ -499,28 +592,29 @@ class Sessions:
         execute, close = session.execute, session.close
         self.open.add(number)
 
-        def running(code):
+        def execute_after(code):
             self.before(number)
             return execute(code)
 
         def closing():
             close()
             self.open.discard(number)
-        session.execute, session.close = running, closing
+        session.execute, session.close = execute_after, closing
         return session
 
 
-def test_a_host_failure_ends_one_trajectory_and_not_the_batch(tiny, executor):
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_host_failure_ends_one_trajectory_and_not_the_batch(tiny, executor, plain):
     def before(number):
         if number == 2:
             raise OSError("the disk is full")
     sessions, tasks = Sessions(executor, before), builtin_tasks("train", 4, 0, families=("lookup",))
-    out = sum(rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny), 2, 0), [])
+    out = sum(rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny, plain=plain), 2, 0), [])
     failed = [t for t in out if t.stop_reason == "error"]
     assert len(out) == 8 and [t.error for t in failed] == ["OSError: the disk is full"] and not sessions.open
     assert any(t.stop_reason == "answer" for t in out)
     bad = Task("bad", tasks[0].question, "", files={"../x": b""})       # the executor refuses such a name
-    [[t]] = rollout(tiny, [bad], executor, BUILTIN_TOOLS, tiny_sampling(tiny, temperature=0), 1, 0)
+    [[t]] = rollout(tiny, [bad], executor, BUILTIN_TOOLS, tiny_sampling(tiny, temperature=0, plain=plain), 1, 0)
     assert t.stop_reason == "error" and "../x" in t.error
 
 
@@ -546,28 +640,48 @@ def test_ctrl_c_ends_sampling_promptly_and_closes_every_session():
     assert not sessions.open
 
 
-def test_ctrl_c_right_after_an_end_closes_that_session_too(tiny, executor):
+def test_ctrl_c_while_code_runs_in_plain_mode_closes_its_session():
+    chat, task = Chat(TOKENIZER), Task("t", "?", "")
+    turn = chat.encode("```python\nimport time\nfor i in range(200): time.sleep(0.1)\n```")
+    model, *_ = parrot(build_prompt(chat, task, [], "short"), [turn], [], chat)
+    others = set(threading.enumerate())
+
+    def before(number):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()     # while the code sleeps
+    with Executor("none", Limits(seconds=30.0)) as executor:
+        sessions, began = Sessions(executor, before), time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            rollout(as_policy(model), [task], sessions, [], dataclasses.replace(SHORT, plain=True), 3, 0)
+        assert time.monotonic() - began < 5 and next(sessions.count) == 1 and not sessions.open
+    assert not {thread for thread in threading.enumerate() if thread.name == "rollout"} - others
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_ctrl_c_right_after_an_end_closes_that_session_too(tiny, executor, plain):
     def pressed(n):
         raise KeyboardInterrupt
     sessions, tasks = Sessions(executor, lambda number: None), builtin_tasks("train", 4, 0, families=("lookup",))
     for seed in range(5):
         with pytest.raises(KeyboardInterrupt):
-            rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny), 2, seed, SimpleNamespace(update=pressed))
+            rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny, plain=plain), 2, seed,
+                    SimpleNamespace(update=pressed))
     began = time.monotonic()
     while sessions.open and time.monotonic() - began < 5:
         time.sleep(0.05)
     assert next(sessions.count) > 4 and not sessions.open
 
 
-def test_progress_and_order(tiny, executor):
+@pytest.mark.parametrize("plain", [False, True])
+def test_progress_and_order(tiny, executor, plain):
     seen, tasks = [], builtin_tasks("train", 3, 3)
-    out = rollout(tiny, tasks, executor, BUILTIN_TOOLS, tiny_sampling(tiny, slots=2), 2, 0,
+    out = rollout(tiny, tasks, executor, BUILTIN_TOOLS, tiny_sampling(tiny, slots=2, plain=plain), 2, 0,
                   progress=SimpleNamespace(update=seen.append))
     assert sum(seen) == 6 and [[(t.task_id, t.sample) for t in g] for g in out] == [
         [(task.id, 0), (task.id, 1)] for task in tasks]
     long = Task("long", "Why? " * 1000, "")
-    [[t]] = rollout(tiny, [long], executor, [], tiny_sampling(tiny), 1, 0, SimpleNamespace(update=seen.append))
-    assert sum(seen) == 7 and t.stop_reason == "context_limit"           # a prompt without room counts, too
+    [[t]] = rollout(tiny, [long], executor, [], tiny_sampling(tiny, plain=plain), 1, 0,
+                    SimpleNamespace(update=seen.append))
+    assert sum(seen) == 7 and t.stop_reason == "context_limit"           # a prompt that does not fit counts, too
 
 
 def test_slots_fit_into_memory(monkeypatch):
