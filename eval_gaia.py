@@ -1,26 +1,23 @@
-"""Evaluation on GAIA, or without access to it on an offline set of the same format.
+"""Evaluation on GAIA; without access to GAIA, on the offline set: 264 built-in held-out tasks.
 
     python eval_gaia.py --ckpt out/                             # the offline set
     python eval_gaia.py --ckpt out/ --gaia-dir GAIA             # the benchmark: 165 questions of validation
     python eval_gaia.py --model Qwen2.5-7B --gaia-dir GAIA --out base
     python eval_gaia.py --compare base eval_out                 # paired: which questions were gained and lost
 
-Owns choosing questions and settings, running them through the very `rollout` that training uses, resuming,
-and what is said about the results. --out holds settings.json, trajectories.jsonl (one line a question and
-sample), results.json, and with --export the leaderboard's submission.jsonl.
+Owns the choice of questions and settings, the loop, which can be interrupted, and the figures. Trajectories come from
+the same `rollout` as in training. --out holds settings.json, trajectories.jsonl (one line per question and sample),
+results.json, and with --export submission.jsonl for the leaderboard.
+Reading order: evaluate (the loop) -> record_of, category_of -> summary (the figures) -> compare -> prepare, command.
 
-Read in this order: `evaluate` (the loop), `record_of` and `category_of` (what is noted of one trajectory),
-`summary` (the figures), `compare`, then the settings and the command line.
-
-Rules: the official score decides; heuristic and LLM stand beside it. Denominators are the questions chosen,
-whatever happened to them. What the host broke is retried and never counted as an answer; if it stays broken
-it is missing, and wrong. The test split has no answers here: it is exported, not scored.
+Rules: the official score decides; heuristic and LLM judge stand beside it. Shares are of all chosen questions. Where
+the host failed, the question is sampled again; if the host fails every time, the answer is missing, and counts as
+wrong. GAIA's test split has no public answers: it is exported, not scored.
 """
 import hashlib
+import itertools
 import json
-import math
 import os
-import random
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -34,194 +31,164 @@ from executor import Executor
 from policy import Policy, load_policy
 from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
-from tasks import BUILTIN_TOOLS, CORE, HARD, Task, builtin_tasks, export_gaia, read_gaia
+from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, read_gaia
 from machinery.cli import OneLineParser, UserError, exit_status
-from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text
+from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
+from machinery.versions import warn_of_other_versions
 from machinery.web import Web
+from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text
 
-OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions of GAIA's validation split, by level
-ACCESS = "https://huggingface.co/datasets/gaia-benchmark/GAIA"
-HIDDEN = "?"                                     # stands for the answers of the test split
-RETRIES = 2                                      # further rounds for what the host broke
-
-
-# ------------------------------------------------------------------------------------------------- statistics
-def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval for a share (95 %)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = right / n, z * z
-    centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, where `right` of n were (Chen et al. 2021, arXiv 2107.03374)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p of the pairs that differ: binomial(gained + lost, 1/2)."""
-    n = gained + lost
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** n)
-
-
-def paired_bootstrap(differences: list[float], rounds: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired differences, by drawing questions with replacement."""
-    rng, n = random.Random(seed), len(differences)
-    means = sorted(fmean(rng.choices(differences, k=n)) for _ in range(rounds))
-    return means[int(0.025 * rounds)], means[int(0.975 * rounds) - 1]
+OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
+RETRIES = 2                                      # further rounds for trajectories that the host broke
+CHUNK = 64                                       # trajectories that are sampled, then written, together
 
 
 # --------------------------------------------------------------------------------------------- one trajectory
-def category_of(task: Task, t: Trajectory, calls: list[Call], official: bool, loosely_right: bool) -> str:
-    """What became of one trajectory: "right", or the first of the ways to fail that applies."""
-    text = "\n".join(turn.observation for turn in t.turns)
-    kinds, statuses = {c.outcome for c in calls}, {turn.status for turn in t.turns}
-    absent = any(f"NameError: name '{tool.name}'" in text for tool, *_ in NEEDS)
-    repeated = Counter((c.tool, c.arguments) for c in calls).most_common(1)
-    last = t.turns[-1] if t.turns else None
-    ways = [
-        ("right", official), ("infrastructure", t.stop_reason == "error"),
-        ("format_only", t.answer is not None and loosely_right), ("wrong", t.answer is not None),
-        ("no_code", not any(turn.code for turn in t.turns)), ("cache_miss", "cache_miss" in kinds),
-        ("blocked", "blocked" in kinds), ("tool_unavailable", absent),
-        ("repeated_call", bool(repeated) and repeated[0][1] >= 3),
-        ("timeout", bool(statuses & {"timeout", "killed"}) or "timeout" in kinds),
-        ("syntax", last is not None and "SyntaxError" in last.observation),
-        ("runtime", last is not None and last.status == "error"),
-        ("context_limit", t.stop_reason in ("context_limit", "length")), ("step_limit", t.stop_reason == "turn_limit")]
-    return next((name for name, applies in ways if applies), "no_answer")
+def category_of(t: Trajectory, calls: list[Call], official: bool, nearly: bool) -> str:
+    """"right", or the first kind of failure that applies. nearly: right by the heuristic or the LLM."""
+    observations = [turn.observation for turn in t.turns] or [""]
+    statuses = [turn.status for turn in t.turns] or [""]
+    outcomes = [call.outcome for call in calls]
+    absent = [f"NameError: name '{tool.name}'" for tool, *_ in NEEDS]
+    repeated = Counter((call.tool, call.arguments) for call in calls)
+    applies = {
+        "right": official,
+        "infrastructure": t.stop_reason == "error",
+        "format_only": nearly and t.answer is not None,
+        "wrong": t.answer is not None,
+        "no_code": not any(turn.code for turn in t.turns),
+        "cache_miss": "cache_miss" in outcomes,
+        "blocked": "blocked" in outcomes,
+        "tool_unavailable": any(name in text for name in absent for text in observations),
+        "repeated_call": max(repeated.values(), default=0) >= 3,
+        "timeout": "timeout" in statuses + outcomes or "killed" in statuses,
+        "syntax": "SyntaxError" in observations[-1],
+        "runtime": statuses[-1] == "error",
+        "context_limit": t.stop_reason in ("context_limit", "length"),
+        "step_limit": t.stop_reason == "turn_limit"}
+    return next((name for name, true in applies.items() if true), "no_answer")
 
 
 def record_of(task: Task, t: Trajectory, calls: list[Call], judge: Judge) -> dict:
-    """One line of trajectories.jsonl. The LLM is asked about every answer: in training it decides where the heuristic
-    is unsure, here it stands beside."""
-    answer = None if t.stop_reason == "error" else t.answer    # of a broken host, whatever it left behind
-    rule = heuristic_judge(task.question, task.answer, answer)
-    llm = None if answer is None or judge.spec == "heuristic" else judge.ask(task.question, task.answer, answer)
+    """One line of trajectories.jsonl. The LLM judges every answer here, not only those the heuristic is unsure of."""
+    answer = None if t.stop_reason == "error" else t.answer     # after a failure of the host no answer counts
     official = gaia_score(answer, task.answer) and task.answer != HIDDEN
+    heuristic, llm = heuristic_judge(task.question, task.answer, answer), None
+    if answer is not None and judge.spec != "heuristic":
+        llm = judge.ask(task.question, task.answer, answer)
     return {
         "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
-        "attachment": " ".join(sorted({Path(n).suffix.lower() or "other" for n in task.files})) or "none",
-        "answer": answer, "official": official, "heuristic": rule, "llm": llm,
-        "category": category_of(task, t, calls, official, rule == "right" or bool(llm)),
+        "attachment": " ".join(sorted({Path(name).suffix.lower() or "other" for name in task.files})) or "none",
+        "answer": answer, "official": official, "heuristic": heuristic, "llm": llm,
+        "category": category_of(t, calls, official, heuristic == "right" or bool(llm)),
         "steps": len(t.turns), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
-        "tool_calls": len(calls), "cache_hits": sum(c.hits for c in calls),
-        "tool_outcomes": Counter(f"{c.tool} {c.outcome}" for c in calls), "trajectory": t.to_dict()}
+        "tool_calls": len(calls), "cache_hits": sum(call.hits for call in calls),
+        "tool_outcomes": Counter(f"{call.tool} {call.outcome}" for call in calls), "trajectory": t.to_dict()}
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 @dataclass
 class Evaluation:
     """What an evaluation works with."""
-    policy: Policy
+    args: object                                 # the command line, see parse_args
     tasks: list[Task]
+    policy: Policy
     tools: list[Tool]
-    log: list[Call]                              # where the tools note their calls
+    log: list[Call]                              # the tools write their calls into it
     web: Web
     judge: Judge
     sampling: Sampling
-    samples: int
-    seed: int
-    out: Path
-    chunk: int = 64                              # questions that are rolled out, then written, together
 
 
-def evaluate(run: Evaluation, executor: Executor) -> list[dict]:
-    """All records, old and new: each (question, sample) that is not on file is rolled out, and written by the chunk."""
-    file = run.out / "trajectories.jsonl"
-    records = {(r["task_id"], r["sample"]): r for r in read_records(file, cut=True)}
-    missing = [(s, t) for s in range(run.samples) for t in run.tasks if (t.id, s) not in records]
-    total = len(run.tasks) * run.samples
-    if len(missing) < total:
-        print(f"resumed {run.out}: {total - len(missing)} of {total} are done")
-    with tqdm(total=len(missing), desc="questions", unit="traj", disable=None) as bar, file.open("a") as out:
-        for again in range(1 + RETRIES):
-            for s, tasks in chunks(missing, run.chunk):
-                for record in roll_out(run, executor, tasks, s, None if again else bar):
-                    records[record["task_id"], s] = record
+def evaluate(evaluation: Evaluation, executor: Executor) -> list[dict]:
+    """One record per question and sample. Those that are in the file are kept; the others are sampled and appended."""
+    file = evaluation.args.out / "trajectories.jsonl"
+    records = {(r["sample"], r["task_id"]): r for r in read_records(file, repair=True)}
+    wanted = [(s, task) for task in evaluation.tasks for s in range(evaluation.args.samples)]
+    missing = [(s, task) for s, task in wanted if (s, task.id) not in records]
+    if len(missing) < len(wanted):
+        print(f"resumed {file.parent}: {len(wanted) - len(missing)} of {len(wanted)} are done")
+    with tqdm(total=len(missing), unit="trajectory", disable=None) as bar, file.open("a", buffering=1) as out:
+        for _ in range(1 + RETRIES):
+            for s, tasks in chunks(missing, CHUNK):
+                for record in sample_each(evaluation, executor, tasks, s, bar):
+                    records[s, record["task_id"]] = record
                     if record["category"] != "infrastructure":
                         out.write(json.dumps(record) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
-            missing = [(s, t) for s, t in missing if records[t.id, s]["category"] == "infrastructure"]
-    return [records[t.id, s] for t in run.tasks for s in range(run.samples)]
+            missing = [(s, task) for s, task in missing if records[s, task.id]["category"] == "infrastructure"]
+            bar.update(-len(missing))
+    return [records[s, task.id] for s, task in wanted]
 
 
 def chunks(missing: list[tuple[int, Task]], size: int):
-    """(sample, at most `size` tasks of it) with no question twice: the log tells calls apart by their question."""
+    """(sample, at most `size` of its tasks). No question stands twice in a chunk: its calls are found by its text."""
     for sample in sorted({s for s, _ in missing}):
-        waiting = [t for s, t in missing if s == sample]
+        waiting = [task for s, task in missing if s == sample]
         while waiting:
-            one_each = {t.question: t for t in reversed(waiting)}
-            taken = [t for t in waiting if one_each[t.question] is t][:size]
-            yield sample, taken
-            waiting = [t for t in waiting if t not in taken]
+            chunk = list({task.question: task for task in waiting}.values())[:size]
+            yield sample, chunk
+            waiting = [task for task in waiting if task not in chunk]
 
 
-def roll_out(run: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
-    """One sample of each task -> records. Sample s has a seed of its own, so any one of them can be made alone."""
-    run.log.clear()
-    groups = rollout(run.policy, tasks, executor, run.tools, run.sampling, 1, run.seed + sample, progress=bar)
-    pairs = [(task, replace(group[0], sample=sample)) for task, group in zip(tasks, groups)]
-    calls = [[c for c in run.log if c.question == task.question] for task in tasks]
-    with ThreadPoolExecutor(8) as pool:                         # a judge at a URL is asked several at a time
-        return list(pool.map(lambda pair, called: record_of(*pair, called, run.judge), pairs, calls))
+def sample_each(evaluation: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
+    """One trajectory per task, as records. Each sample has its own seed, so it does not depend on other samples."""
+    evaluation.log.clear()
+    groups = rollout(evaluation.policy, tasks, executor, evaluation.tools, evaluation.sampling, 1,
+                     evaluation.args.seed + sample, progress=bar)
+
+    def record(task: Task, group: list[Trajectory]) -> dict:
+        calls = [call for call in evaluation.log if call.question == task.question]
+        return record_of(task, replace(group[0], sample=sample), calls, evaluation.judge)
+    with ThreadPoolExecutor(8) as pool:         # a judge at a URL gets several questions at a time
+        return list(pool.map(record, tasks, groups))
 
 
-def read_records(file: Path, cut: bool = False) -> list[dict]:
-    """The whole lines of a trajectories.jsonl. A last line without its end is a kill's; cut: remove it."""
-    if not file.exists():
-        return []
-    data = file.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
-    if cut and len(whole) < len(data):
-        os.truncate(file, len(whole))
+def read_records(file: Path, repair: bool = False) -> list[dict]:
+    """The complete lines of a trajectories.jsonl. A kill may leave half a line at the end; repair: remove it."""
+    data = file.read_bytes() if file.exists() else b""
+    complete = data[:data.rfind(b"\n") + 1]
+    if repair and len(complete) < len(data):
+        os.truncate(file, len(complete))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in complete.splitlines()]
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not a file of eval_gaia.py: {error}") from error
 
 
-# ----------------------------------------------------------------------------------------------- what is said
-def right_by(r: dict) -> tuple[bool, bool | None, bool | None]:
-    """A record by the official rule, the heuristic and the LLM; None: unsure, or not asked."""
-    return r["official"], None if r["heuristic"] == "unsure" else r["heuristic"] == "right", r["llm"]
-
-
+# ------------------------------------------------------------------------------------------------ the figures
 def share(records: list[dict]) -> dict:
-    """Mean over questions of the share of samples that is right: official with a Wilson interval over
-    questions, by the heuristic and by the LLM; unsure, unasked and without a verdict count as wrong."""
-    by_task = defaultdict(list)
-    for r in records:
-        by_task[r["task_id"]].append([bool(right) for right in right_by(r)])
-    n = len(by_task)
-    means = [fmean(fmean(s[i] for s in group) for group in by_task.values()) if n else 0.0 for i in range(3)]
-    return {"accuracy": means[0], "n": n, "wilson95": wilson(means[0] * n, n), "heuristic": means[1], "llm": means[2]}
+    """The share of right samples, for each judge; a sample without a verdict counts as wrong. Each question has as many
+    samples as the others. They are not independent: so the Wilson interval is over questions."""
+    questions, samples = len({r["task_id"] for r in records}), max(1, len(records))
+    accuracy = sum(r["official"] for r in records) / samples
+    return {"accuracy": accuracy, "n": questions, "wilson95": wilson(accuracy * questions, questions),
+            "heuristic": sum(r["heuristic"] == "right" for r in records) / samples,
+            "llm": sum(r["llm"] is True for r in records) / samples}
 
 
 def agreement(records: list[dict]) -> dict:
-    """How often each pair of opinions agrees, over the records where both have one."""
-    views, names = [right_by(r) for r in records], ("official", "heuristic", "llm")
-    result = {"unsure": sum(v[1] is None for v in views)}
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        both = [v[i] == v[j] for v in views if v[i] is not None and v[j] is not None]
-        result[f"{names[i]} and {names[j]}"] = {"agree": fmean(both) if both else None, "n": len(both)}
+    """How often two judges agree, for each pair, over the records on which both have a verdict."""
+    verdicts = {"official": [r["official"] for r in records],
+                "heuristic": [{"right": True, "wrong": False, "unsure": None}[r["heuristic"]] for r in records],
+                "llm": [r["llm"] for r in records]}
+    result = {"unsure": verdicts["heuristic"].count(None)}
+    for first, second in itertools.combinations(verdicts, 2):
+        same = [a == b for a, b in zip(verdicts[first], verdicts[second]) if a is not None and b is not None]
+        result[f"{first} and {second}"] = {"agree": fmean(same) if same else None, "n": len(same)}
     return result
 
 
 def vote(records: list[dict]) -> bool:
-    """maj@k: whether the answer that most samples of a question gave is right; the earliest among equals."""
-    answers = Counter(clean(r["answer"]) for r in records if r["answer"] is not None)
-    if not answers:
+    """maj@k: whether the answer that most samples of a question gave is right; of equally frequent ones, the first."""
+    answered = [(clean(r["answer"]), r["official"]) for r in records if r["answer"] is not None]
+    if not answered:
         return False
-    first = answers.most_common(1)[0][0]
-    return next(r["official"] for r in records if r["answer"] is not None and clean(r["answer"]) == first)
+    winner = Counter(answer for answer, _ in answered).most_common(1)[0][0]
+    return next(official for answer, official in answered if answer == winner)
 
 
 def summary(records: list[dict], samples: int) -> dict:
-    """results.json: the official accuracy first, then everything beside it."""
+    """The figures in results.json, the official accuracy first. The records of one question stand together."""
     def shares(key: str) -> dict:
         return {value: share([r for r in records if r[key] == value]) for value in sorted({r[key] for r in records})}
     result = {
@@ -229,128 +196,120 @@ def summary(records: list[dict], samples: int) -> dict:
         "text_only": share([r for r in records if r["attachment"] == "none"]), "agreement": agreement(records),
         "llm_verdicts": sum(r["llm"] is not None for r in records),
         "missing": sum(r["answer"] is None for r in records), "categories": Counter(r["category"] for r in records),
-        "mean": {k: fmean(r[k] for r in records)
-                 for k in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
+        "mean": {key: fmean(r[key] for r in records)
+                 for key in ("steps", "tokens", "seconds", "tool_calls", "cache_hits")}}
     if samples > 1:
-        by_task = defaultdict(list)
-        for r in records:
-            by_task[r["task_id"]].append(r)
-        right = [sum(r["official"] for r in group) for group in by_task.values()]
-        ks = sorted({1, samples, *(2 ** i for i in range(1, 10) if 2 ** i < samples)})
-        result["pass_at_k"] = {k: fmean(pass_at_k(samples, c, k) for c in right) for k in ks}
-        result["maj_at_k"] = {samples: fmean(vote(group) for group in by_task.values())}
+        groups = [records[i:i + samples] for i in range(0, len(records), samples)]
+        right = [sum(r["official"] for r in group) for group in groups]
+        ks = [2 ** i for i in range(10) if 2 ** i < samples] + [samples]
+        result["pass_at_k"] = {k: fmean(pass_at_k(samples, n, k) for n in right) for k in ks}
+        result["maj_at_k"] = {samples: fmean(map(vote, groups))}
     return result
 
 
-def printed(result: dict, samples: int) -> str:
+def printed(result: dict) -> str:
     """The tables, as text."""
-    def line(name: str, s: dict) -> str:
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f} %"
+    rows = {"all": result} | {f"level {k}": v for k, v in result["levels"].items()}
+    rows |= {f"attachment {k}": v for k, v in result["attachments"].items()}
+    rows |= {"text-only subset": result["text_only"]}
+    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic      LLM"]
+    for name, s in rows.items():
         low, high = s["wilson95"]
-        llm = f"{100 * s['llm']:8.1f} %" if result["llm_verdicts"] else "         -"
-        return (f"  {name:<24}{s['n']:5d}{100 * s['accuracy']:8.1f} %  [{100 * low:4.1f}, {100 * high:5.1f}]"
-                f"{100 * s['heuristic']:10.1f} %{llm}")
-    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic      LLM", line("all", result)]
-    lines += [line(f"level {k}", v) for k, v in result["levels"].items()]
-    lines += [line(f"attachment {k}", v) for k, v in result["attachments"].items()]
-    lines += [line("text-only subset", result["text_only"])]
-    if samples > 1:
-        lines += [f"  pass@{k} {100 * v:.1f} %" for k, v in result["pass_at_k"].items()]
-        lines += [f"  maj@{k} {100 * v:.1f} %" for k, v in result["maj_at_k"].items()]
-    pairs = {k: v for k, v in result["agreement"].items() if k != "unsure" and v["n"]}
-    categories = Counter(result["categories"]).most_common()
-    return "\n".join([
-        *lines, f"agreement ({result['agreement']['unsure']} unsure): "
-        + "; ".join(f"{k} {100 * v['agree']:.1f} % of {v['n']}" for k, v in pairs.items()),
-        "what became of them: " + ", ".join(f"{k} {v}" for k, v in categories),
-        f"no answer: {result['missing']}; mean " + ", ".join(f"{k} {v:.1f}" for k, v in result["mean"].items())])
+        llm = percent(s["llm"]) if result["llm_verdicts"] else "-"
+        lines.append(f"  {name:<24}{s['n']:5d}{percent(s['accuracy']):>10}  [{100 * low:4.1f}, {100 * high:5.1f}]"
+                     f"{percent(s['heuristic']):>12}{llm:>10}")
+    for name in ("pass", "maj"):
+        lines += [f"  {name}@{k} {percent(v)}" for k, v in result.get(f"{name}_at_k", {}).items()]
+    pairs = [f"{pair} {percent(v['agree'])} of {v['n']}" for pair, v in result["agreement"].items()
+             if pair != "unsure" and v["n"]]
+    lines.append(f"agreement ({result['agreement']['unsure']} unsure): " + "; ".join(pairs))
+    lines.append("what became of them: " + ", ".join(f"{name} {n}" for name, n in result["categories"].most_common()))
+    means = ", ".join(f"{name} {value:.1f}" for name, value in result["mean"].items())
+    return "\n".join([*lines, f"no answer: {result['missing']}; mean {means}"])
 
 
 def evaluation_in(path: Path) -> tuple[dict[str, list[bool]], dict]:
     """(question -> the official score of each sample, settings) of an evaluation's folder or file."""
-    file = path / "trajectories.jsonl" if path.is_dir() else path
-    scores, stored = defaultdict(list), file.with_name("settings.json")
+    file, scores = path / "trajectories.jsonl" if path.is_dir() else path, defaultdict(list)
     try:
-        for r in sorted(read_records(file), key=lambda r: r["sample"]):    # a retried one was written late
+        for r in sorted(read_records(file), key=lambda r: r["sample"]):     # in the file, retried ones come late
             scores[r["task_id"]].append(r["official"])
     except (KeyError, TypeError) as error:
         raise UserError(f"--compare: {file}: not a file of eval_gaia.py: {error!r}") from error
     if not scores:
         raise UserError(f"--compare: {file} holds no evaluation")
+    stored = file.with_name("settings.json")
     return scores, json.loads(stored.read_text()) if stored.is_file() else {}
 
 
 def compare(base: Path, trained: Path) -> dict:
-    """Two evaluations, paired. UserError if they are not of the same questions; settings beside the model that
-    differ are named, because they may explain a difference, too."""
+    """Two evaluations of the same questions, paired. Other settings that differ are named: they may explain it, too."""
     (a, old), (b, new) = evaluation_in(base), evaluation_in(trained)
     if set(a) != set(b):
         raise UserError(f"--compare: the questions differ: {len(set(a) - set(b))} only in {base}, "
-                        f"{len(set(b) - set(a))} only in {trained}; the command of either does what it lacks")
-    gained = sorted(t for t in a if b[t][0] and not a[t][0])
+                        f"{len(set(b) - set(a))} only in {trained}; both must be complete, with the same flags")
+    gained = sorted(t for t in a if b[t][0] and not a[t][0])        # by the first samples
     lost = sorted(t for t in a if a[t][0] and not b[t][0])
     differences = [fmean(b[t]) - fmean(a[t]) for t in sorted(a)]
+    changed = [key for key in old if key in new and old[key] != new[key] and key not in ("model", "adapter")]
     return {"n": len(a), "base": fmean(map(fmean, a.values())), "trained": fmean(map(fmean, b.values())),
             "difference": fmean(differences), "bootstrap95": paired_bootstrap(differences),
-            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost)),    # of first samples
-            "settings_that_differ": [k for k in old.keys() & new if k not in ("model", "adapter") and old[k] != new[k]]}
+            "gained": gained, "lost": lost, "mcnemar_p": mcnemar(len(gained), len(lost)),
+            "settings_that_differ": changed}
 
 
 # ------------------------------------------------------------------------------------- settings, command line
-def offline_set(folder: Path, difficulty: int) -> list[Task]:
-    """Held-out built-in tasks, written and read in GAIA's format."""
-    export_gaia(builtin_tasks("heldout", 264, 0, CORE + HARD, difficulty), folder)
-    return read_gaia(folder)
-
-
 def choose_tasks(args, tasks: list[Task]) -> list[Task]:
-    """Those that the flags ask for. UserError where none is left."""
-    if args.split == "test":    # never scored here, whatever somebody wrote into a copy of it
-        tasks = [replace(t, answer=HIDDEN) for t in tasks]
-    if unknown := set(args.ids or []) - {t.id for t in tasks}:
+    """Those that the flags ask for. UserError if none is left."""
+    if unknown := set(args.ids or []) - {task.id for task in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
-    tasks = [t for t in tasks if t.level in (args.levels or [t.level]) and t.id in (args.ids or [t.id])
-             and not (args.text_only and t.files)][:args.limit]
+    if args.ids:
+        tasks = [task for task in tasks if task.id in args.ids]
+    if args.levels:
+        tasks = [task for task in tasks if task.level in args.levels]
+    if args.text_only:
+        tasks = [task for task in tasks if not task.files]
+    tasks = tasks[:args.limit]
     if not tasks:
-        raise UserError("no question is left: see --levels, --ids, --limit")
+        raise UserError("no question is left: see --levels, --ids, --text-only, --limit")
+    if args.split == "test":    # never scored here, even if a copy of it holds answers
+        tasks = [replace(task, answer=HIDDEN) for task in tasks]
     return tasks
 
 
-def hub_copy() -> str:
-    """GAIA from the hub, which wants a token whose owner has accepted the dataset's conditions."""
-    from huggingface_hub import snapshot_download
-    try:
-        return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
-    except OSError as error:    # refused, not found, no network: the hub's errors are all of this kind
-        raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {ACCESS} (given "
-                        "at once), then `hf auth login` or HF_TOKEN=...") from error
-
-
-def inherited(ckpt: Path | None) -> dict:
-    """What train.py wrote beside the adapter; of an adapter that comes from elsewhere, its base model."""
+def training_run(ckpt: Path | None) -> dict:
+    """The settings of the training run that made an adapter, from run.json beside it; what is not known is None."""
+    run = {"model": None, "quantize": None, "tools": None, "sampling": None, "difficulty": 0}
     if ckpt is None:
-        return {}
+        return run
     if not ckpt.is_dir():
         raise UserError(f"--ckpt {ckpt}: no such folder")
     if (ckpt / "run.json").is_file():
-        return json.loads((ckpt / "run.json").read_text())
+        stored = json.loads((ckpt / "run.json").read_text())
+        return run | stored | {key: stored["config"][key] for key in ("model", "difficulty")}
     try:
-        return {"model": json.loads((ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]}
+        base = json.loads((ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"--ckpt {ckpt}: there is no adapter in it (adapter_config.json)") from error
+    return run | {"model": base}
 
 
-def file_hash(folder: Path | None) -> str:
-    file = folder / "adapter_model.safetensors" if folder else None
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file and file.is_file() else ""
+def sampling_of(run: dict, preset) -> dict:
+    """The limits that training had; without a training run, those of the model's preset."""
+    known = run["sampling"] or preset.settings
+    limits = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+    return {name: known[name] for name in limits if name in known}
 
 
 def settle_out(out: Path, settings: dict) -> None:
     """An evaluation with other settings in `out` is moved aside; one with the same settings goes on."""
     stored = out / "settings.json"
     if stored.is_file() and json.loads(stored.read_text()) != settings:
-        free = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
-        out.rename(f"{out}.{free}")
-        print(f"{out} held another evaluation: it was moved to {out}.{free}")
+        aside = next(f"{out}.{i}" for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
+        out.rename(aside)
+        print(f"{out} held another evaluation: it was moved to {aside}")
     elif out.exists() and not stored.is_file() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty and holds no evaluation: name another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -359,26 +318,27 @@ def settle_out(out: Path, settings: dict) -> None:
 
 def parse_args(argv=None):
     p = OneLineParser(prog="eval_gaia.py", allow_abbrev=False, description="Evaluate on GAIA, or offline.")
-    p.add_argument("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
-    p.add_argument("--model", help="model to evaluate; without --ckpt the base model, untrained")
-    p.add_argument("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
-    p.add_argument("--split", default="validation", choices=["validation", "test"])
-    p.add_argument("--levels", nargs="+", choices=["1", "2", "3"])
-    p.add_argument("--ids", nargs="+", help="task_ids")
-    p.add_argument("--text-only", action="store_true", help="only the questions without an attachment")
-    p.add_argument("--limit", type=int, help="the first N questions")
-    p.add_argument("--samples", type=int, default=1, help="samples a question")
-    p.add_argument("--temperature", type=float, help="default: 0 for one sample, else 1")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("eval_out"))
-    p.add_argument("--quantize", choices=["auto", "none", "nf4"])
-    p.add_argument("--judge", default="heuristic", help="heuristic, local or URL; beside the official score")
-    p.add_argument("--judge-model")
-    p.add_argument("--tools", help="my_tools.py: beside the built-in ones; default: what training had")
-    p.add_argument("--cache", default="live", help="live, record[:FILE] or replay[:FILE]; FILE: web.sqlite")
-    p.add_argument("--sandbox", default="auto", help="auto, bwrap or none")
-    p.add_argument("--export", action="store_true", help="write submission.jsonl for the leaderboard")
-    p.add_argument("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="two evaluations")
+    add = p.add_argument
+    add("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
+    add("--model", help="model to evaluate; without --ckpt: the untrained base model")
+    add("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
+    add("--split", default="validation", choices=["validation", "test"])
+    add("--levels", nargs="+", choices=["1", "2", "3"])
+    add("--ids", nargs="+", help="task_ids")
+    add("--text-only", action="store_true", help="only the questions without an attachment")
+    add("--limit", type=int, help="the first N questions")
+    add("--samples", type=int, default=1, help="samples per question")
+    add("--temperature", type=float, help="default: 0 for one sample per question, else 1")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("eval_out"))
+    add("--quantize", choices=["auto", "none", "nf4"])
+    add("--judge", default="heuristic", help="heuristic, local or URL; beside the official score")
+    add("--judge-model", help="name of the model at the URL of --judge")
+    add("--tools", help="FILE.py with tools, added to the built-in ones; default: as in training")
+    add("--cache", default="live", help="live, record[:FILE] or replay[:FILE]; FILE: web.sqlite")
+    add("--sandbox", default="auto", help="auto, bwrap or none")
+    add("--export", action="store_true", help="write submission.jsonl for the leaderboard")
+    add("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="compare two evaluations")
     args = p.parse_args(argv)
     if min(args.samples, args.limit or 1) < 1:
         raise UserError("--samples and --limit: at least 1")
@@ -386,83 +346,91 @@ def parse_args(argv=None):
     return args
 
 
-def prepare(args) -> tuple[Evaluation, dict]:
-    """Everything loaded, and the settings that a trajectory depends on."""
-    run = inherited(args.ckpt)
-    model = args.model or run.get("config", run).get("model", "tiny")
-    policy = load_policy(model, args.quantize or run.get("quantize", "auto"), adapter=args.ckpt)
-    limits = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
-    known = run.get("sampling") or {name: getattr(policy.preset, name) for name in limits}
-    temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
-    sampling = Sampling(**{**known, "temperature": temperature})
+def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
+    """Load everything."""
+    policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt)
+    temperature = float(args.samples > 1) if args.temperature is None else args.temperature
+    sampling = Sampling(**sampling_of(run, policy.preset) | {"temperature": temperature})
     web, log = open_web(args.cache), []
-    small = args.gaia_dir is None or policy.preset.prompt == "short"    # the tiny model knows no others
-    own = ",".join(part for part in (args.tools or run.get("tools") or "").split(",") if part != "web")
-    tools = [replace(t, log=log) for t in load_tools(own, web, BUILTIN_TOOLS if small else load_tools("web", web))]
-    settings = {
-        "model": policy.name, "adapter": file_hash(args.ckpt), "seed": args.seed, "sampling": asdict(sampling),
-        "prompt": policy.preset.prompt, "tools": hashlib.sha256(prompt_text(tools).encode()).hexdigest()[:16],
-        "data": args.gaia_dir or run.get("config", {}).get("difficulty", 0), "split": args.split,
-        "judge": [args.judge, args.judge_model],
-        "cache": [web.cache.mode, web.cache.digest() if web.cache.mode == "replay" else ""]}
+    offline = args.gaia_dir is None or policy.preset.prompt == "short"     # the tiny model knows no other tools
+    builtin = BUILTIN_TOOLS if offline else load_tools("web", web)
+    files = [part for part in (args.tools or run["tools"] or "").split(",") if part != "web"]
+    tools = [replace(tool, log=log) for tool in load_tools(",".join(files), web, builtin)]
     judge = Judge(args.judge if args.split == "validation" else "heuristic", args.judge_model, policy, web.cache)
-    evaluation = Evaluation(policy, [], tools, log, web, judge, sampling, args.samples, args.seed, args.out)
-    return evaluation, settings
+    return Evaluation(args, tasks, policy, tools, log, web, judge, sampling)
 
 
-def announce(run: Evaluation, source: str, sandbox: str) -> None:
-    """What will be run, before it costs anything."""
-    n = len(run.tasks) * run.samples
-    if source == "offline":
-        print("No --gaia-dir: this is the offline set, held-out built-in tasks in GAIA's format. NOT GAIA.\n"
-              f"For GAIA: --gaia-dir hub, with access from {ACCESS}")
+def settings_of(evaluation: Evaluation, run: dict) -> dict:
+    """All that a trajectory depends on, for settings.json."""
+    def short_hash(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()[:16]
+    args, policy, cache = evaluation.args, evaluation.policy, evaluation.web.cache
+    adapter = short_hash((args.ckpt / "adapter_model.safetensors").read_bytes()) if args.ckpt else ""
+    return {
+        "model": policy.name, "adapter": adapter, "seed": args.seed, "sampling": asdict(evaluation.sampling),
+        "prompt": policy.preset.prompt, "tools": short_hash(prompt_text(evaluation.tools).encode()),
+        "data": args.gaia_dir or run["difficulty"], "split": args.split, "judge": [args.judge, args.judge_model],
+        "cache": [cache.mode, cache.digest() if cache.mode == "replay" else ""]}
+
+
+def announce(evaluation: Evaluation, sandbox: str) -> None:
+    """What will be done, before it costs anything."""
+    args, web, turns = evaluation.args, evaluation.web, evaluation.sampling.max_turns
+    if args.gaia_dir is None:
+        print(f"No --gaia-dir: this is the offline set, built-in tasks, NOT GAIA. For GAIA: --gaia-dir hub ({HUB})")
     else:
-        print(preflight_table(run.web))
-        turns, online = run.sampling.max_turns, run.web.cache.mode != "replay" and any(t.web for t in run.tools)
-        calls = f"about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)" if online else "none"
+        print(preflight_table(web))
+        n, calls = len(evaluation.tasks) * args.samples, "none"
+        if web.cache.mode != "replay" and any(tool.web for tool in evaluation.tools):
+            calls = f"about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)"
         print(f"  web calls: {calls}")
-    names = ", ".join(t.name for t in run.tools)
-    print(f"{len(run.tasks)} questions x {run.samples}, model {run.policy.name}, sandbox {sandbox}, "
-          f"temperature {run.sampling.temperature}, cache {run.web.cache.mode}, tools {names}")
+    print(f"{len(evaluation.tasks)} questions x {args.samples}, model {evaluation.policy.name}, sandbox {sandbox}, "
+          f"temperature {evaluation.sampling.temperature}, cache {web.cache.mode}, "
+          f"tools {', '.join(tool.name for tool in evaluation.tools)}")
+
+
+def finish(evaluation: Evaluation, records: list[dict]) -> None:
+    """results.json, the tables, the submission."""
+    args, web = evaluation.args, evaluation.web
+    if args.export:
+        lines = [{"task_id": r["task_id"], "model_answer": r["answer"] or "",
+                  "reasoning_trace": "\n".join(turn["text"] for turn in r["trajectory"]["steps"])}
+                 for r in records if r["sample"] == 0]
+        (args.out / "submission.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if any(r["gold"] == HIDDEN for r in records):
+        print(f"the answers are hidden, so nothing is scored; --export writes {args.out}/submission.jsonl")
+        return
+    result = {**summary(records, args.samples), "data": "gaia" if args.gaia_dir else "offline",
+              "cache": web.cache.digest(), "cache_counts": web.cache.counts,
+              "benchmark_pages_dropped": web.counts["benchmark"]}
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    print(printed(result))
+    sizes = {level: s["n"] for level, s in result["levels"].items()}
+    if args.gaia_dir and sizes != OFFICIAL:
+        print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
+    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
 
 
 def command(args) -> None:
     if args.compare:
         print(json.dumps(compare(*args.compare), indent=1))
         return
-    tasks, source = [], "offline"
-    if args.gaia_dir:       # bad data is said before the model takes its minutes, and before anything is moved
-        tasks, source = read_gaia(hub_copy() if args.gaia_dir == "hub" else args.gaia_dir, args.split), "gaia"
+    warn_of_other_versions()
+    run = training_run(args.ckpt)
+    if args.gaia_dir:
+        tasks = read_gaia(args.gaia_dir, args.split)
+    else:
+        tasks = builtin_tasks("heldout", 264, 0, difficulty=run["difficulty"])
+    tasks = choose_tasks(args, tasks)
     with Executor(args.sandbox) as executor:
-        run, settings = prepare(args)
-        settle_out(args.out, settings)
-        run.tasks = choose_tasks(args, tasks or offline_set(args.out / "offline_set", settings["data"]))
-        announce(run, source, executor.sandbox)
+        evaluation = prepare(args, run, tasks)
+        settle_out(args.out, settings_of(evaluation, run))
+        announce(evaluation, executor.sandbox)
         try:
-            records = evaluate(run, executor)
+            records = evaluate(evaluation, executor)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("what is on file stays: the same command goes on") from None
-    finish(args, run, records, source)
-
-
-def finish(args, run: Evaluation, records: list[dict], source: str) -> None:
-    """results.json, the tables, the submission."""
-    if args.export:
-        (args.out / "submission.jsonl").write_text("".join(json.dumps(
-            {"task_id": r["task_id"], "model_answer": r["answer"] or "",
-             "reasoning_trace": "\n".join(s["text"] for s in r["trajectory"]["steps"])}) + "\n"
-            for r in records if r["sample"] == 0))
-    if any(r["gold"] == HIDDEN for r in records):
-        print(f"this split's answers are hidden, so nothing is scored; --export: {args.out}/submission.jsonl")
-        return
-    result = {**summary(records, run.samples), "data": source, "cache": run.web.cache.digest(),
-              "cache_counts": run.web.cache.counts, "benchmark_pages_dropped": run.web.counts["benchmark"]}
-    (args.out / "results.json").write_text(json.dumps(result, indent=1))
-    print(printed(result, run.samples))
-    if source == "gaia" and not (args.levels or args.ids or args.limit or args.text_only):
-        if (sizes := {k: v["n"] for k, v in result["levels"].items()}) != OFFICIAL:
-            print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
-    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
+            raise KeyboardInterrupt("the records so far are kept; the same command does the rest") from None
+    finish(evaluation, records)
 
 
 def main(argv=None) -> int:

@@ -149,6 +149,14 @@ def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype, aw
     return model.requires_grad_(False)
 
 
+def need_gpu(why: str):
+    """UserError where torch can use no GPU: a model would silently be loaded into main memory, in fp32."""
+    if not torch.cuda.is_available():
+        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
+        raise UserError(f"{why}, and torch {torch.__version__} ({build}) finds no usable GPU: check the driver with "
+                        "nvidia-smi, or take a smaller model (--model tiny needs none)")
+
+
 def never_repack(model: torch.nn.Module):
     """On CPUs with AVX512-BF16 bitsandbytes repacks NF4 weights in the first eval forward, and no training
     forward can read them afterwards. This is the attribute that it asks before it does so."""
@@ -187,11 +195,14 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     """
     name, config, on_gpu = resolve_model(model), model_config(model), torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN plans its attention anew for each shape: 1 s each on Hopper
     parameters = sum(parameter_counts(config))
     away = offline(name)
     with readable_errors(f"the tokenizer of {name}", HUB_HINT, away):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)
+    if parameters >= 1e9:
+        need_gpu(f"{name} has {parameters / 1e9:.1f}e9 parameters")
     nf4 = in_nf4(quantize, parameters, on_gpu)
     base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32), away)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)

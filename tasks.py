@@ -3,20 +3,19 @@
 Owns `Task`, the built-in task families with their offline world and its three tools, and the files that hold
 tasks. Knows nothing of prompts, models or rewards.
 
-Reading order: Task -> the world (`fact`, the tools) -> Draw and the families -> builtin_tasks -> files.
+Reading order: Task -> the world (`fact`, the tools) -> Question, Parts and the families -> builtin_tasks -> files.
 
-The world is a made-up atlas. Every fact is a function of the entity's name alone (a hash): there are as many
-entities as names, the store needs no file, and no fact depends on the seed of a run. The hash also puts every
-name and number on one of two sides: training tasks are made of one side, held-out tasks of the other. A
-town's relations and figures lie on the town's side, so the splits share neither entities nor values, and no
-prompt holds an answer.
+The world is a made-up atlas. Every fact is computed from the name of its entity (by a hash): there are as many
+entities as names, nothing is stored, and no fact depends on the seed of a run. The hash also puts every name and
+number on one of two sides: training tasks use one, held-out tasks the other. What the atlas says of an entity lies
+on the same side as its name. So the splits share neither entities nor values, and no prompt holds an answer.
 
-Families: CORE are learnable by the built-in tiny model. HARD are mostly beyond it (arithmetic and dates in
-ranges that training never shows, which of several is largest); they are trained on and reported all the same.
+Families: the built-in tiny model can learn CORE. HARD is mostly beyond it (arithmetic and dates in ranges that
+training never shows; which of several towns is the largest). Both are trained on and reported.
 
-The difficulty dial: 0 is for the tiny model (one to three steps). For models that can read, each notch from 1
-to 3 puts a link "the twin town of" before every town, adds terms to sums, 30 rows and two distractor columns
-to tables, and tables are asked by condition; from 2 on they have empty cells.
+Difficulty: 0 is for the tiny model (one to three turns), 1 to 3 for models that can read. Each unit puts one more
+"the twin town of" before every town, and adds terms to sums, 30 rows and two columns to tables. From 1 on, tables
+are asked with a condition; from 2 on, they have empty cells.
 
 Departure from the paper, which trains on MAT only: these tasks let the method run without network or key.
 """
@@ -34,15 +33,18 @@ from pathlib import Path
 from machinery.cli import UserError
 from tools import ToolError, tool
 
+HUB = "https://huggingface.co/datasets/gaia-benchmark/GAIA"
+HIDDEN = "?"                # stands for an answer that is not public: those of GAIA's test split
+
 
 @dataclass(frozen=True)
 class Task:
-    """One question. `files` maps a name in the working directory to a host file or to its content."""
+    """One question. `files` maps a name in the working directory to a file of the host, or to its content."""
     id: str
     question: str
     answer: str
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
-    level: str = "1"        # the steps a straight solution takes: "1", "2" or "3", as GAIA's levels
+    level: str = "1"        # the turns that a direct solution takes: "1", "2" or "3", like GAIA's levels
     family: str = ""
 
 
@@ -51,17 +53,15 @@ SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 SYLLABLE = "(?:[bdfgklmnprstvz][aeiou])"
 TOWN = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}{{2}}")                                    # Kavodu
 PERSON = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE} (?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}")    # Mira Kobe
-FIELDS = {"population": (1_000, 999_999), "area": (10, 9_999), "elevation": (10, 2_999),
-          "rainfall": (100, 2_999)}
+FIELDS = {"population": (1_000, 999_999), "area": (10, 9_999), "elevation": (10, 2_999), "rainfall": (100, 2_999)}
 UNITS = {"m": ("length", 1.0), "ft": ("length", 0.3048), "yd": ("length", 0.9144), "km": ("length", 1000.0),
-         "kg": ("mass", 1.0), "lb": ("mass", 0.45359237), "oz": ("mass", 0.45359237 / 16),
-         "g": ("mass", 0.001)}
+         "kg": ("mass", 1.0), "lb": ("mass", 0.45359237), "oz": ("mass", 0.45359237 / 16), "g": ("mass", 0.001)}
 COLUMNS = ("price", "stock", "weight", "size", "age", "rank", "score", "volume")
 SPLITS = ("train", "heldout")
 
 
-def digest(*parts) -> int:
-    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
+def digest(*values) -> int:
+    return int.from_bytes(hashlib.sha256("|".join(map(str, values)).encode()).digest()[:8], "big")
 
 
 def side(value) -> int:
@@ -69,33 +69,35 @@ def side(value) -> int:
     return digest("side", value) % 2
 
 
-def fresh(rng: random.Random, which: int, make: Callable):
-    """The first value of make(rng) that lies on side `which`."""
-    while side(value := make(rng)) != which:
-        pass
+def on_side(wanted: int, rng: random.Random, make: Callable):
+    """The first value of make(rng) that lies on the side `wanted`."""
+    value = make(rng)
+    while side(value) != wanted:
+        value = make(rng)
     return value
 
 
-def word(syllables: int) -> Callable[[random.Random], str]:
-    return lambda rng: "".join(rng.choices(SYLLABLES, k=syllables)).capitalize()
+def word(rng: random.Random, syllables: int = 3) -> str:
+    return "".join(rng.choices(SYLLABLES, k=syllables)).capitalize()
 
 
 def fact(name: str, field: str):
     """What the atlas holds. ToolError for a name or field that it does not have."""
-    rng, which = random.Random(digest("atlas", name, field)), side(name)
     if not (TOWN.fullmatch(name) or PERSON.fullmatch(name)):
         raise ToolError(f"no entry {name!r}")
-    fields = (*FIELDS, "tower", "twin", "mayor") if TOWN.fullmatch(name) else ("born", "home")
+    rng, its_side = random.Random(digest("atlas", name, field)), side(name)
+    fields = (*FIELDS, "tower", "twin") if TOWN.fullmatch(name) else ("born", "home")
+    if field == "mayor" and TOWN.fullmatch(name):       # not among the fields: only `search` knows mayors
+        return on_side(its_side, rng, lambda rng: f"{word(rng, 2)} {word(rng, 2)}")
     if field not in fields:
-        raise ToolError(f"{name} has no {field!r}; fields: {', '.join(f for f in fields if f != 'mayor')}")
+        raise ToolError(f"{name} has no {field!r}; fields: {', '.join(fields)}")
     if field in ("twin", "home"):
-        return fresh(rng, which, word(3))
-    if field == "mayor":
-        return fresh(rng, which, lambda r: f"{word(2)(r)} {word(2)(r)}")
+        return on_side(its_side, rng, word)
     if field == "tower":
-        return [fresh(rng, which, lambda r: r.randrange(20, 400)), rng.choice(("m", "ft", "yd"))]
-    low, high = FIELDS.get(field, (1920, 1999))
-    return fresh(rng, which, lambda r: r.randint(low, high))
+        height = on_side(its_side, rng, lambda rng: rng.randrange(20, 400))
+        return [height, rng.choice(("m", "ft", "yd"))]
+    low, high = FIELDS.get(field, (1920, 1999))     # 1920 to 1999: the year in which a person was born
+    return on_side(its_side, rng, lambda rng: rng.randint(low, high))
 
 
 @tool
@@ -132,46 +134,51 @@ BUILTIN_TOOLS = [lookup, search, convert]
 
 # ----------------------------------------------------------------------------------------------- the families
 @dataclass
-class Drawn:
-    """A task without its id, and the slots that it was made of (for demonstrations, see tiny.py)."""
-    question: str
+class Question:
+    """A task without its id, and the `slots` that its text was made of (scripts/tiny.py shows solutions with them)."""
+    text: str
     answer: object
     level: int
     slots: dict
     files: dict[str, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Town:
+    phrase: str         # as the question puts it: "the twin town of Kavodu"
+    start: str          # the name in the phrase: Kavodu
+    name: str           # of the town that the phrase means
+
+
 @dataclass
-class Draw:
-    """Draws what tasks are made of, all from one side of the world."""
+class Parts:
+    """Picks what a question is made of, all from one side of the world."""
     rng: random.Random
     side: int
     difficulty: int
 
-    def town(self) -> str:
-        return fresh(self.rng, self.side, word(3))
-
     def number(self, low: int, high: int) -> int:
-        return fresh(self.rng, self.side, lambda rng: rng.randrange(low, high))
+        return on_side(self.side, self.rng, lambda rng: rng.randrange(low, high))
 
-    def place(self, links: int | None = None) -> tuple[str, str, str]:
-        """(how the question names it, the town meant, the town named); `links` twin towns lie between."""
+    def town(self, links: int | None = None) -> Town:
+        """A town; `links` (by default as many as the difficulty) twin towns lie between start and name."""
         links = self.difficulty if links is None else links
-        town = named = self.town()
+        start = name = on_side(self.side, self.rng, word)
         for _ in range(links):
-            town = fact(town, "twin")
-        return "the twin town of " * links + named, town, named
+            name = fact(name, "twin")
+        return Town("the twin town of " * links + start, start, name)
 
     def table(self) -> tuple[list[str], list[dict], dict[str, bytes]]:
         """(columns, rows, files): shop.csv with 4 + 30 d items and 2 + 2 d columns of distinct numbers."""
         d, size = self.difficulty, 4 + 30 * self.difficulty
         columns = self.rng.sample(COLUMNS, 2 + 2 * d)
-        numbers = [v for v in range(10, 100 + 900 * d) if side(v) == self.side]
-        values = {c: self.rng.sample(numbers, size) for c in columns}
-        rows = [{"item": self.town()} | {c: values[c][i] for c in columns} for i in range(size)]
-        if d >= 2:
-            for row in rows:
-                row[columns[-1]] = row[columns[-1]] if self.rng.random() < 0.8 else ""
+        numbers = [n for n in range(10, 100 + 900 * d) if side(n) == self.side]
+        values = {column: self.rng.sample(numbers, size) for column in columns}
+        rows = [{"item": on_side(self.side, self.rng, word)} | {column: values[column][i] for column in columns}
+                for i in range(size)]
+        for row in rows:
+            if d >= 2 and self.rng.random() >= 0.8:
+                row[columns[-1]] = ""
         text = io.StringIO()
         writer = csv.DictWriter(text, ["item", *columns], lineterminator="\n")
         writer.writeheader()
@@ -179,125 +186,130 @@ class Draw:
         return columns, rows, {"shop.csv": text.getvalue().encode()}
 
     def condition(self, columns: list[str], rows: list[dict]) -> tuple[str, list[dict]]:
-        """From difficulty 1 on: (text of a condition on the last column, the rows that meet it)."""
-        bound = self.rng.randrange(100, 500) if self.difficulty else 0
-        text = f" among items whose {columns[-1]} is above {bound} (empty means 0)" if self.difficulty else ""
-        return text, [r for r in rows if (r[columns[-1]] or 0) > bound]
+        """(text of a condition on the last column, the rows that meet it); at difficulty 0 none, and all rows."""
+        if self.difficulty == 0:
+            return "", rows
+        bound = self.rng.randrange(100, 500)
+        text = f" among items whose {columns[-1]} is above {bound} (empty means 0)"
+        return text, [row for row in rows if (row[columns[-1]] or 0) > bound]
 
 
-def draw_lookup(w: Draw) -> Drawn:
-    field, places = w.rng.choice(list(FIELDS)), [w.place() for _ in range(1 + w.difficulty)]
-    what = f"the {field} of" if len(places) == 1 else f"the sum of the {field} of"
-    other = (*FIELDS, *FIELDS)[list(FIELDS).index(field) + 1]
-    return Drawn(f"What is {what} {' and of '.join(p[0] for p in places)}?",
-                 sum(fact(p[1], field) for p in places), 1,
-                 {"name": places[0][2], "field": field, "other": other})
+def ask_lookup(parts: Parts) -> Question:
+    field = parts.rng.choice(list(FIELDS))
+    towns = [parts.town() for _ in range(1 + parts.difficulty)]
+    what = f"the {field} of" if len(towns) == 1 else f"the sum of the {field} of"
+    other = {"population": "area", "area": "elevation", "elevation": "rainfall", "rainfall": "population"}[field]
+    return Question(f"What is {what} {' and of '.join(town.phrase for town in towns)}?",
+                    sum(fact(town.name, field) for town in towns), 1,
+                    {"name": towns[0].start, "field": field, "other": other})
 
 
-def draw_convert(w: Draw) -> Drawn:
-    kind = w.rng.choice(("length", "mass"))
-    source, target = w.rng.sample([u for u in UNITS if UNITS[u][0] == kind], 2)
-    values = [w.number(11, 999) for _ in range(1 + 2 * w.difficulty)]
+def ask_convert(parts: Parts) -> Question:
+    kind = parts.rng.choice(("length", "mass"))
+    source, target = parts.rng.sample([unit for unit in UNITS if UNITS[unit][0] == kind], 2)
+    values = [parts.number(11, 999) for _ in range(1 + 2 * parts.difficulty)]
+    text = " plus ".join(f"{value} {source}" for value in values)
     answer = convert.function(sum(values), source, target)
-    text = " plus ".join(f"{v} {source}" for v in values)
-    return Drawn(f"How many {target} are {text}? Round to 2 decimals.", answer, 1,
-                 {"value": values[0], "source": source, "target": target})
+    return Question(f"How many {target} are {text}? Round to 2 decimals.", answer, 1,
+                    {"value": values[0], "source": source, "target": target})
 
 
-def draw_column(w: Draw) -> Drawn:
-    columns, rows, files = w.table()
-    asked, other = w.rng.sample(columns[:2], 2)
-    text, chosen = w.condition(columns, rows)
-    row = w.rng.choice(rows) if not w.difficulty else max(chosen, key=lambda r: r[other])
-    item = f"the item with the highest {other}" if w.difficulty else row["item"]
-    return Drawn(f"What is the {asked} of {item} in shop.csv{text}?", row[asked], 1,
-                 {"name": row["item"], "column": asked, "other": other}, files)
+def ask_column(parts: Parts) -> Question:
+    columns, rows, files = parts.table()
+    asked, other = parts.rng.sample(columns[:2], 2)
+    condition, chosen = parts.condition(columns, rows)
+    row = max(chosen, key=lambda row: row[other]) if parts.difficulty else parts.rng.choice(rows)
+    item = f"the item with the highest {other}" if parts.difficulty else row["item"]
+    return Question(f"What is the {asked} of {item} in shop.csv{condition}?", row[asked], 1,
+                    {"name": row["item"], "column": asked, "other": other}, files)
 
 
-def draw_total(w: Draw) -> Drawn:
-    columns, rows, files = w.table()
-    asked, other = w.rng.sample(columns[:2], 2)
-    text, chosen = w.condition(columns, rows)
-    return Drawn(f"What is the total {asked} in shop.csv{text}?", sum(r[asked] for r in chosen), 2,
-                 {"column": asked, "other": other}, files)
+def ask_total(parts: Parts) -> Question:
+    columns, rows, files = parts.table()
+    asked, other = parts.rng.sample(columns[:2], 2)
+    condition, chosen = parts.condition(columns, rows)
+    return Question(f"What is the total {asked} in shop.csv{condition}?", sum(row[asked] for row in chosen), 2,
+                    {"column": asked, "other": other}, files)
 
 
-def draw_twin(w: Draw) -> Drawn:
-    field, (phrase, town, named) = w.rng.choice(list(FIELDS)), w.place(1 + w.difficulty)
-    return Drawn(f"What is the {field} of {phrase}?", fact(town, field), 2, {"name": named, "field": field})
+def ask_twin(parts: Parts) -> Question:
+    field = parts.rng.choice(list(FIELDS))
+    town = parts.town(1 + parts.difficulty)
+    answer = fact(town.name, field)
+    return Question(f"What is the {field} of {town.phrase}?", answer, 2, {"name": town.start, "field": field})
 
 
-def draw_tower(w: Draw) -> Drawn:
-    phrase, town, named = w.place()
-    height, unit = fact(town, "tower")
-    target = w.rng.choice([u for u in ("m", "ft", "yd") if u != unit])
-    return Drawn(f"How high is the tower of {phrase} in {target}? Round to 2 decimals.",
-                 convert.function(height, unit, target), 2, {"name": named, "unit": target})
+def ask_tower(parts: Parts) -> Question:
+    town = parts.town()
+    height, unit = fact(town.name, "tower")
+    target = parts.rng.choice([other for other in ("m", "ft", "yd") if other != unit])
+    return Question(f"How high is the tower of {town.phrase} in {target}? Round to 2 decimals.",
+                    convert.function(height, unit, target), 2, {"name": town.start, "unit": target})
 
 
-def draw_mayor(w: Draw) -> Drawn:
-    phrase, town, named = w.place()
-    answer = fact(fact(town, "mayor"), "born")
-    return Drawn(f"In which year was the mayor of {phrase} born?", answer, 2, {"name": named})
+def ask_mayor(parts: Parts) -> Question:
+    town = parts.town()
+    year = fact(fact(town.name, "mayor"), "born")
+    return Question(f"In which year was the mayor of {town.phrase} born?", year, 2, {"name": town.start})
 
 
-def draw_gap(w: Draw) -> Drawn:
-    more, less = sorted((w.place(), w.place()), key=lambda p: -fact(p[1], "population"))
-    return Drawn(f"How many more people live in {more[0]} than in {less[0]}?",
-                 fact(more[1], "population") - fact(less[1], "population"), 3,
-                 {"name": more[2], "second": less[2]})
+def ask_gap(parts: Parts) -> Question:
+    larger, smaller = sorted([parts.town(), parts.town()], key=lambda town: -fact(town.name, "population"))
+    gap = fact(larger.name, "population") - fact(smaller.name, "population")
+    return Question(f"How many more people live in {larger.phrase} than in {smaller.phrase}?", gap, 3,
+                    {"name": larger.start, "second": smaller.start})
 
 
-def draw_arithmetic(w: Draw) -> Drawn:
-    low, high = (11, 99) if w.side == 0 else (1_001, 99_999)    # held out: a range that training never shows
-    a, b, *rest = [w.number(low, high) for _ in range(3 + 2 * w.difficulty)]
+def ask_arithmetic(parts: Parts) -> Question:
+    low, high = (11, 99) if parts.side == 0 else (1_001, 99_999)    # held out: a range that training never shows
+    a, b, *rest = [parts.number(low, high) for _ in range(3 + 2 * parts.difficulty)]
     text = f"{a} * {b} + " + " - ".join(map(str, rest))
-    return Drawn(f"What is {text}?", a * b + rest[0] - sum(rest[1:]), 1, {"a": a, "b": b, "c": rest[0]})
+    return Question(f"What is {text}?", a * b + rest[0] - sum(rest[1:]), 1, {"a": a, "b": b, "c": rest[0]})
 
 
-def draw_dates(w: Draw) -> Drawn:
-    first = date(1900, 1, 1) if w.side == 0 else date(2001, 1, 1)
-    days = sorted(w.rng.sample(range(36_000), 2 + 2 * w.difficulty))
-    dates = [str(first + timedelta(days=d)) for d in days]
-    pairs = list(zip(dates[::2], dates[1::2]))
-    text = " plus ".join(f"from {a} to {b}" for a, b in pairs)
-    return Drawn(f"How many days is it {text}?", sum(b - a for a, b in zip(days[::2], days[1::2])), 1,
-                 {"first": dates[0], "second": dates[1]})
+def ask_dates(parts: Parts) -> Question:
+    earliest = date(1900, 1, 1) if parts.side == 0 else date(2001, 1, 1)
+    days = sorted(parts.rng.sample(range(36_000), 2 + 2 * parts.difficulty))
+    dates = [str(earliest + timedelta(days=day)) for day in days]
+    text = " plus ".join(f"from {a} to {b}" for a, b in zip(dates[::2], dates[1::2]))
+    return Question(f"How many days is it {text}?", sum(days[1::2]) - sum(days[::2]), 1,
+                    {"first": dates[0], "second": dates[1]})
 
 
-def draw_largest(w: Draw) -> Drawn:
-    places = [w.place() for _ in range(3 + w.difficulty)]
-    best = max(places, key=lambda p: fact(p[1], "population"))
-    text, right = ", ".join(p[0] for p in places), places.index(best)
-    return Drawn(f"Which has the largest population: {text}? Give the town's own name.", best[1], 2,
-                 {f"name{i}": p[2] for i, p in enumerate(places)}
-                 | {"best": right, "worse": (right + 1) % len(places)})
+def ask_largest(parts: Parts) -> Question:
+    towns = [parts.town() for _ in range(3 + parts.difficulty)]
+    best = max(range(len(towns)), key=lambda i: fact(towns[i].name, "population"))
+    slots = {f"name{i}": town.start for i, town in enumerate(towns)}
+    text = ", ".join(town.phrase for town in towns)
+    return Question(f"Which has the largest population: {text}? Give the town's own name.", towns[best].name, 2,
+                    slots | {"best": best, "worse": (best + 1) % len(towns)})
 
 
-CORE_FAMILIES = {"lookup": draw_lookup, "convert": draw_convert, "column": draw_column, "total": draw_total,
-                 "twin": draw_twin, "tower": draw_tower, "mayor": draw_mayor, "gap": draw_gap}
-HARD_FAMILIES = {"arithmetic": draw_arithmetic, "dates": draw_dates, "largest": draw_largest}
+CORE_FAMILIES = {"lookup": ask_lookup, "convert": ask_convert, "column": ask_column, "total": ask_total,
+                 "twin": ask_twin, "tower": ask_tower, "mayor": ask_mayor, "gap": ask_gap}
+HARD_FAMILIES = {"arithmetic": ask_arithmetic, "dates": ask_dates, "largest": ask_largest}
 CORE, HARD = tuple(CORE_FAMILIES), tuple(HARD_FAMILIES)
 
 
-def draw(family: str, split: str, rng: random.Random, difficulty: int = 0) -> Drawn:
-    """One question of a family, with answer and slots. The world decides the facts, `rng` what is asked."""
-    return (CORE_FAMILIES | HARD_FAMILIES)[family](Draw(rng, SPLITS.index(split), difficulty))
+def make_question(family: str, split: str, rng: random.Random, difficulty: int = 0) -> Question:
+    """One question of a family. `rng` decides what is asked; the answer is what the world says."""
+    return (CORE_FAMILIES | HARD_FAMILIES)[family](Parts(rng, SPLITS.index(split), difficulty))
 
 
 def builtin_tasks(split: str, n: int, seed: int, families: Iterable[str] = CORE + HARD,
                   difficulty: int = 0) -> list[Task]:
-    """n tasks, the families in turn; the same arguments give the same tasks. split: "train" or "heldout",
-    which share no entity; difficulty: 0 to 3, see the top. UserError for what does not exist."""
-    families, tasks = tuple(families), []
+    """n tasks, the families in turn; the same arguments give the same tasks. split: "train" or "heldout", which
+    share no entity. difficulty: 0 to 3, see the top. UserError for what does not exist."""
+    families = tuple(families)
     if not (split in SPLITS and families and {*families} <= {*CORE, *HARD} and difficulty in range(4)):
         raise UserError(f"no built-in tasks: split {split}, families {families}, difficulty {difficulty}")
+    tasks = []
     for i in range(n):
         family = families[i % len(families)]
         name = f"{split}-{family}-{i // len(families):04d}"
-        drawn = draw(family, split, random.Random(f"{seed}-{name}-{difficulty}"), difficulty)
-        level = str(min(3, drawn.level + difficulty))
-        tasks.append(Task(name, drawn.question, str(drawn.answer), drawn.files, level, family))
+        q = make_question(family, split, random.Random(f"{seed}-{name}-{difficulty}"), difficulty)
+        level = str(min(3, q.level + difficulty))
+        tasks.append(Task(name, q.text, str(q.answer), q.files, level, family))
     return tasks
 
 
@@ -353,18 +365,17 @@ def read_rows(file: Path) -> list[tuple[int, dict]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows += [(number, json.loads(line))] if line.strip() else []
+            if line.strip():
+                rows.append((number, json.loads(line)))
         except ValueError as error:
             raise UserError(f"{file}:{number}: no JSON: {error}") from error
     return rows
 
 
 def read_tasks(path: Path, fields: Callable) -> list[Task]:
-    """Tasks of the records of a file, brought by `fields` to read_jsonl's names.
-
-    UserError with file and line for what is malformed, duplicate or missing.
-    """
-    tasks, lines = [], {}
+    """The tasks in a file; `fields` turns a record into one with the names that read_jsonl documents. UserError with
+    file and line for what is malformed, duplicate or missing."""
+    tasks, lines = [], {}       # lines: the line in which each id stands
     for number, record in read_rows(path):
         if isinstance(record, dict) and record.get("task_id") == "0-0-0-0-0":   # GAIA's own placeholder
             continue
@@ -382,7 +393,7 @@ def read_tasks(path: Path, fields: Callable) -> list[Task]:
 
 
 def read_jsonl(path: Path | str) -> list[Task]:
-    """Tasks of lines {"id", "question", "answer", "files", "level"}; files: paths relative to the file."""
+    """Tasks from lines {"id", "question", "answer", "files", "level"}; files: paths relative to this file."""
     return read_tasks(Path(path), lambda record: record)
 
 
@@ -405,39 +416,31 @@ def parse_task(record, folder: Path) -> Task:
                 str(record.get("level") or "1"), str(record.get("family") or ""))
 
 
-def export_gaia(tasks: list[Task], folder: Path) -> None:
-    """Write tasks with one attachment at most: folder/2023/validation/metadata.jsonl, the files beside it."""
-    out = folder / "2023" / "validation"
-    out.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for task in tasks:
-        file_name = ""
-        for name, content in task.files.items():
-            file_name = f"{task.id}/{name}"     # GAIA has <task_id>.csv; ours keep the name in the question
-            (out / task.id).mkdir(exist_ok=True)
-            data = content if isinstance(content, bytes) else Path(content).read_bytes()
-            (out / file_name).write_bytes(data)
-        lines.append(json.dumps({"task_id": task.id, "Question": task.question, "Level": task.level,
-                                 "Final answer": task.answer, "file_name": file_name}) + "\n")
-    (out / "metadata.jsonl").write_text("".join(lines))
-
-
 def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
-    """Tasks in GAIA's layout: metadata (jsonl or parquet) in folder[/2023][/<split>], the files beside it.
+    """Tasks in GAIA's layout: metadata (jsonl or parquet) in folder[/2023][/<split>], the files beside it. Levels
+    may be text or numbers. The test split has no answers: its tasks get the answer HIDDEN. folder "hub": downloaded."""
+    folder = hub_copy() if folder == "hub" else folder
+    for below in (f"2023/{split}", split, "."):
+        for name in ("metadata.jsonl", "metadata.parquet"):
+            file = Path(folder) / below / name
+            if file.is_file():
+                return read_tasks(file, gaia_fields)
+    raise UserError(f"{folder}: no metadata.jsonl or .parquet in it, in 2023/{split} or in {split}")
 
-    Levels may be text or numbers. The test split has no answers: its tasks carry the answer "?".
-    """
-    places = [Path(folder) / below for below in (Path("2023") / split, split, ".")]
-    found = [place / name for place in places for name in ("metadata.jsonl", "metadata.parquet")
-             if (place / name).is_file()]
-    if not found:
-        raise UserError(f"{folder}: no metadata.jsonl or .parquet in it, in 2023/{split} or in {split}")
-    return read_tasks(found[0], gaia_fields)
+
+def hub_copy() -> str:
+    """GAIA from the hub. It needs the token of a user who has accepted the dataset's conditions."""
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
+    except OSError as error:    # refused, not found, no network: all errors of the hub are of this kind
+        raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {HUB} (given at once), "
+                        "then `hf auth login` or HF_TOKEN=...") from error
 
 
 def gaia_fields(row) -> dict:
     if not isinstance(row, dict) or not {"task_id", "Question", "Level"} <= row.keys():
-        raise UserError("no GAIA question, which has task_id, Question and Level")
+        raise UserError("no GAIA question: task_id, Question or Level is missing")
     answer, name = row.get("Final answer"), row.get("file_name")
     return {"id": row["task_id"], "question": row["Question"], "level": row["Level"], "family": "gaia",
-            "answer": "?" if answer in (None, "") else answer, "files": [name] if name else []}
+            "answer": HIDDEN if answer in (None, "") else answer, "files": [name] if name else []}

@@ -20,14 +20,12 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
-import queue
 from executor import Executor
 from grpo import Group, GRPOConfig, group_advantages, make_optimizer, update as grpo_update
 from machinery import console, ranks
@@ -35,23 +33,14 @@ from machinery.checkpoint import append, begin, keep_best, log_trajectories, res
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.memory import apply_plan
 from machinery.ranks import everyone
+from machinery.sample_queue import Entry, SampleQueue
+from machinery.versions import warn_of_other_versions
 from machinery.web import Cache
 from policy import LORA_RANK, Policy, load_policy, model_config, parameter_counts, preset_for
 from reward import Judge, check_judge, compute_rewards
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, HARD, Task, endless, every, read_jsonl, split_tasks
 from tools import load_tools, open_web, preflight_table
-
-
-def import_sample_queue():
-    """SampleQueue, also where the standard library's `queue` was imported before ours (see queue.py)."""
-    if not hasattr(queue, "SampleQueue"):
-        spec = spec_from_file_location("queue", Path(__file__).with_name("queue.py"))
-        spec.loader.exec_module(module_from_spec(spec))
-    return queue.SampleQueue
-
-
-SampleQueue = import_sample_queue()
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -112,14 +101,14 @@ def advantage(run: Run, groups: list[Group]) -> list[Group]:
     return signal
 
 
-def replay(run: Run, fresh: int) -> list[queue.Entry]:
+def replay(run: Run, fresh: int) -> list[Entry]:
     """Queued groups in place of groups without signal, at most a set share of the batch."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
     most = int(run.cfg.replay_share * run.groups)
     return run.queue.draw(min(run.groups - fresh, most), run.step, rng)
 
 
-def update(run: Run, fresh: list[Group], replayed: list[queue.Entry]):
+def update(run: Run, fresh: list[Group], replayed: list[Entry]):
     """Equations (3) to (8) on one batch of new and old groups. Then the new ones enter the queue."""
     cfg, old = run.cfg, [entry.group for entry in replayed]
     for parameter_group in run.optimizer.param_groups:
@@ -128,7 +117,7 @@ def update(run: Run, fresh: list[Group], replayed: list[queue.Entry]):
     is_fresh = [group.step == run.step for group in fresh + old for _ in group.batch()]
     with run.bar(len(batch) * cfg.epochs, f"step {run.step}: update") as bar:
         stats = grpo_update(run.policy, run.optimizer, batch, cfg, cfg.temperature, cfg.max_turns * cfg.turn_tokens,
-                            is_fresh, run.step, bar)
+                            is_fresh, run.step, bar, cfg.plain)
     cfg.token_budget = stats.token_budget                        # lower after an out-of-memory
     for note in stats.notes:
         tqdm.write(f"  step {run.step}, process {run.rank}: {note}")
@@ -414,7 +403,7 @@ def queued_group(task_id: str, trajectories: list[dict], step: int, advantages: 
 
 
 def probe(run: Run):
-    """Is a run worth its night? Pass rates of the untrained model, groups with signal, and the hours it would take."""
+    """Is a run worth its hours? Pass rates of the untrained model, groups with signal, and the hours it would take."""
     cfg, run.clock = run.cfg, console.Clock()
     groups = judge(run, sample(run, cfg.probe))
     batch = [pair for group in advantage(run, groups) for pair in group.batch()]
@@ -428,9 +417,11 @@ def command(argv=None):
     cfg, given = parse_args(argv)
     try:
         ranks.join()
+        warn_of_other_versions()
         with Executor(cfg.sandbox) as executor:
             run = start(cfg, given, executor)
-            run.say("configuration: " + json.dumps(asdict(run.cfg)) + f"\nmodel {run.policy.name}, sandbox "
+            run.say("configuration: " + json.dumps(asdict(run.cfg)))
+            run.say(f"model {run.policy.name} on {run.policy.device}, {run.policy.model.dtype}, sandbox "
                     f"{executor.sandbox}, {len(run.tasks)} training and {len(run.heldout)} held-out tasks")
             if run.cfg.probe:
                 probe(run)
@@ -443,13 +434,16 @@ def command(argv=None):
                         "GIB, which plans both") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"nothing is lost: python train.py --resume --out {cfg.out}") from None
-    finally:
-        ranks.leave()
 
 
 def main(argv=None) -> int:
     """Exit status: 0 done, 2 bad input, 130 interrupted (--resume continues)."""
-    return exit_status(lambda: command(argv))
+    status = 1                                                    # of an error that nobody foresaw
+    try:
+        status = exit_status(lambda: command(argv))
+    finally:
+        ranks.leave(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ model. It takes from each slot the tokens that are not forwarded yet: the token 
 or of an observation. All these tokens lie end to end in ONE row of N tokens, so the linear layers see no padding.
 Only attention knows of slots: it is the function `attend`, registered with transformers, for all language models
 that look their attention up by name, wrapped by PEFT or not, quantised or not.
-* The prompt of a group is forwarded once. Its other slots copy the keys and values and forward the last token.
+* Tokens with which several trajectories begin (the system prompt, a group's question) are forwarded once. Other slots
+  copy their keys and values.
 * Code and tools run in threads while other slots decode. A free slot gets the next trajectory at once.
 * Nothing is kept between two calls: the policy changes there, and a cached prompt would be the old policy's.
 """
@@ -28,12 +29,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from machinery.fast_layers import fast_layers
 from policy import head_size
 
 
 class Episode(Protocol):
     """What the engine asks of a trajectory while it samples it. `rollout.Episode` is one."""
-    group: int                  # episodes of one group share their prompt
     prompt: list[int]
     turn_tokens: int            # limit of the turn that comes next
 
@@ -108,6 +109,17 @@ AttentionInterface.register("rollout-note", note_call)
 
 
 @contextlib.contextmanager
+def attention(model, name: str) -> Iterator[None]:
+    """Inside, the model attends with the function that is registered under this name."""
+    config, before = model.config, model.config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextlib.contextmanager
 def sampling_mode(model, deterministic: bool) -> Iterator[None]:
     """Eval mode, no gradients, one thread if deterministic; afterwards all as before. Both ways to sample need it."""
     training, threads = model.training, torch.get_num_threads()
@@ -171,20 +183,21 @@ class Engine:
         # tokens of the slot; those whose keys and values are cached; lengths at which its turn began and is stopped
         self.length, self.cached, self.turn_start, self.turn_limit = np.zeros((4, slots), dtype=np.int64)
         self.decoding = np.zeros(slots, dtype=bool)         # False: free, or waits for a result
-        self.group = np.full(slots, -1)     # whose prompt the cache begins with, also while the slot is free
         self.workers, self.began = [None] * slots, [0.0] * slots
         self.acting: list[tuple] = []       # (tick at which the result is due, slot, future), oldest first
         self.ticks = self.forwarded = self.sampled = self.idle = 0      # ticks, tokens, tokens, seconds
         # an attention call costs about as much as reading this many positions of a slot (GPU: an estimate)
         shape, itemsize = self.cache[0][0].shape, self.cache[0][0].element_size()
-        self.call_cost = (60e6 if self.device.type == "cuda" else 2e5) / (2 * shape[1] * shape[3] * itemsize)
+        self.call_cost = (150e6 if self.device.type == "cuda" else 2e5) / (2 * shape[1] * shape[3] * itemsize)
 
     def sample(self, episodes: list[Episode]) -> Iterator[tuple]:
         """Yields (episode, ids, mask, logps, seconds) of each trajectory as it ends, in any order."""
+        with fast_layers(self.model), attention(self.model, "rollout"):
+            yield from self.decode(episodes)
+
+    def decode(self, episodes: list[Episode]) -> Iterator[tuple]:
         waiting, free, closing = deque(episodes), deque(range(len(self.workers))), []
-        config, attention = self.model.config, self.model.config._attn_implementation
         try:
-            config._attn_implementation = "rollout"
             while waiting or len(free) < len(self.workers):
                 while waiting and free and self.admit(waiting[0], free):
                     waiting.popleft()
@@ -202,22 +215,24 @@ class Engine:
                         self.acting.append((self.ticks + self.LAG, slot, in_thread(self.workers[slot].act)))
             wait(closing)
         finally:    # also on Ctrl-C: nothing is waited for; what still runs is closed when it returns
-            config._attn_implementation = attention
             for worker in filter(None, self.workers):
                 in_thread(worker.close)
 
     def admit(self, episode: Episode, free: deque) -> bool:
-        """Put it into a free slot; False while its group's prompt is being forwarded in another."""
-        n, same_group = len(episode.prompt), self.group == episode.group
-        ready = np.flatnonzero(same_group & (self.cached >= n - 1))     # slots whose cache begins with this prompt
-        if same_group.any() and not len(ready):
+        """Put it into a free slot; False while a prefix that it needs is being forwarded in another slot."""
+        n = len(episode.prompt)
+        agree = self.tokens[:, :n - 1] == episode.prompt[:-1]                               # (B, n - 1)
+        same = agree.cumprod(axis=1).sum(axis=1)            # (B,) first tokens that a slot shares with the prompt
+        ready = np.minimum(same, self.cached)               # (B,) of these, forwarded; also of free slots
+        known = np.minimum(same, np.where(self.decoding, self.length, self.cached))     # (B,) of these, soon ready
+        if known.max() > ready.max():
             return False
-        slot = free.popleft()
-        if len(ready):
-            for tensor in itertools.chain.from_iterable(self.cache):    # the last token is forwarded, for its logits
-                tensor[slot, :, :n - 1] = tensor[ready[0], :, :n - 1]
-        self.cached[slot] = n - 1 if len(ready) else 0
-        self.group[slot], self.workers[slot], self.began[slot] = episode.group, Worker(episode), time.perf_counter()
+        slot, source, shared = free.popleft(), ready.argmax(), ready.max()
+        if source != slot:
+            for tensor in itertools.chain.from_iterable(self.cache):
+                tensor[slot, :, :shared] = tensor[source, :, :shared]
+        self.cached[slot] = shared          # at most n - 1: the last token is forwarded, for its logits
+        self.workers[slot], self.began[slot] = Worker(episode), time.perf_counter()
         self.tokens[slot, :n], self.mask[slot], self.logps[slot] = episode.prompt, 0, 0.0
         self.uniforms[slot] = self.tensor(episode.uniforms(self.context))
         self.begin_turn(slot, n)
@@ -355,14 +370,12 @@ def refusal(model) -> str:
         return "sliding-window attention"
     if kinds or model._is_stateful:
         return ", ".join(sorted(kinds)).replace("_", " ") or "recurrent layers"
-    attention, shape = config._attn_implementation, (1, getattr(config, "num_key_value_heads", 0), 1, head_size(config))
+    shape = (1, getattr(config, "num_key_value_heads", 0), 1, head_size(config))
     try:
-        config._attn_implementation = "rollout-note"
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False, notes=notes)
+        with attention(model, "rollout-note"):
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False, notes=notes)
     except TypeError:                   # it does not hand `notes` down to its attention, and so no `tick`
         notes.clear()
-    finally:
-        config._attn_implementation = attention
     expected = [(layer, shape, shape, None, None) for layer in range(config.num_hidden_layers)]
     return "" if notes == expected else "attention that transformers does not look up by name, once per layer"
 

@@ -1,12 +1,15 @@
-"""The memory plan: what a card of some GiB holds, before anything is loaded.
+"""The memory plan: what a card of some GiB holds, before anything is loaded; `halving`, where memory still runs out.
 
-Owns `plan_memory` (for --vram). Read in this order: `memory`, `fit`, `plan_memory`.
+Owns `plan_memory` (for --vram). Read in this order: `memory`, `fit`, `plan_memory`, `halving`.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from machinery.cli import UserError
 from machinery.ranks import world
-from policy import LORA_RANK, QWEN25, head_size, in_nf4, linear_shapes, model_config, parameter_counts
+from policy import LORA_RANK, QWEN25, head_size, in_nf4, linear_shapes, model_config, need_gpu, parameter_counts
 
 GIB = 2**30
 CONTEXTS = (8192, 4096, 2048)   # tokens, tried in this order
@@ -104,3 +107,17 @@ def apply_plan(cfg, settled: set[str]):
     cfg.context_tokens, cfg.slots, cfg.token_budget = plan.context_tokens, plan.slots, plan.token_budget
     if world()[0] == 0:
         print(plan)
+    need_gpu(f"--vram {cfg.vram:g} plans for a GPU")
+
+
+def halving(work: Callable, minibatches: list[list], k: int, stats):
+    """work(minibatches[k]). After an out-of-memory it is done once more, with micro-batches of half the size, which
+    all minibatches have from then on: what was too large once is not tried again."""
+    try:
+        return work(minibatches[k])
+    except torch.OutOfMemoryError:
+        stats.notes.append("out of memory in the update: tried again with micro-batches of half the size")
+    torch.cuda.empty_cache()            # not in the except block, where the traceback still holds the tensors
+    stats.token_budget //= 2
+    minibatches[:] = [[half for micro in minibatch for half in micro.halves()] for minibatch in minibatches]
+    return work(minibatches[k])

@@ -3,6 +3,8 @@
 Owns every call of torch.distributed. In a single process `rank` is 0, `size` is 1, and nothing is sent.
 """
 import os
+import sys
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +29,19 @@ def join() -> None:
     dist.init_process_group(backend)
 
 
-def leave() -> None:
-    """A process that fails exits at once, and torchrun then ends the others, which may be waiting for it."""
-    if dist.is_initialized():
+def leave(status: int) -> None:
+    """End this process's part. After a failure (status not 0) one of several processes ends at once: taking leave in
+    order would wait for peers that wait in a collective for this one. torchrun then ends them."""
+    if not dist.is_initialized():
+        return
+    if status == 0:
         dist.destroy_process_group()
+        return
+    if sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def everyone(value) -> list:

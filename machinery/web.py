@@ -1,82 +1,76 @@
-"""The way out of the machine: one cache, one guard, one fetch, and documents as text. The tools stand on this.
+"""The way out of the machine: one cache, one guard, one fetch, and what the built-in tools ask for.
 
-Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be asked for, and how much),
-`holds_benchmark` (pages that give the exam away), `chat` (an OpenAI-compatible server), `to_text` (documents).
+Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be reached, and how much), and
+`search`, `article`, `snapshot` (what the tools ask for). Read in this order: `Cache.answer`, `Web.get`, `search`.
 
-Read in this order: `WebError`, `Cache.answer`, `Web.get` with `guarded`, `to_text`.
-
-What the guard does not cover: what a public page says to the model, and search engines that see the query.
-Proxies of the environment are not used for pages, because the guard could not see the address behind them.
+Not covered: what a public page says to the model, and search engines that see the query. Proxies of the environment
+are not used for pages, because the guard could not see the address behind them.
 """
 import base64
 import hashlib
-import io
 import ipaddress
 import json
 import math
 import os
 import re
-import resource
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from urllib.parse import unquote, urljoin, urlsplit
+from pathlib import Path
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+
+from machinery.api import bearer, call
+from machinery.cli import UserError
+from machinery.documents import WebError
+from machinery.text import holds_benchmark
 
 VERSION = "1"                            # of what is stored: raise it when old answers no longer serve
 MAX_BYTES = 20 * 2**20                   # of a page, a file, an answer; counted after decompression
 AGENT = "Mozilla/5.0 (compatible; tool-r1 research agent)"
 
 
-class WebError(Exception):
-    """What a tool tells the model instead of an answer. keep: the same request would fail so tomorrow, too."""
-
-    def __init__(self, kind: str, text: str, keep: bool = False):
-        super().__init__(f"ERROR[{kind}]: {text}")
-        self.kind, self.text, self.keep = kind, text, keep
-
-
 # ------------------------------------------------------------------------------------------ record and replay
 class Cache:
-    """Answers of the web and of models, by tool, arguments, back end and version. Keys never enter it.
+    """Answers of the web and of models, by tool, arguments, back end and version. Secret keys never enter it.
 
-    mode "live": nothing outlives the process; "record": kept in the SQLite file `path`; "replay": only what
-    is kept there, all else is WebError("cache_miss"). Thread-safe; equal requests at one time are made once.
+    mode "live": nothing outlives the process; "record": answers are kept in the SQLite file `path`; "replay": only
+    what is kept there, all else is WebError("cache_miss"). Thread-safe; equal requests at one time are made once.
     """
 
     def __init__(self, path: str | None = None, mode: str = "live"):
         self.mode, self.counts = mode, Counter(hits=0, misses=0, made=0)
         self.lock, self.flights = threading.Lock(), {}
-        self.here = threading.local()    # .hits: those of this thread's tool call, which tools.py reads
         self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
         self.db.commit()
 
-    def answer(self, tool: str, arguments: dict, backend: str, make: Callable):
-        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept too."""
+    def answer(self, tool: str, arguments: dict, backend: str, make: Callable, hits: list | None = None):
+        """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept too.
+        An answer that need not be made is noted in `hits`."""
         request = json.dumps([tool, arguments, backend, VERSION], sort_keys=True)
         key = hashlib.sha256(request.encode()).hexdigest()
         with self.lock:
             row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-            flight, mine = self.flights.get(key), False
-            if row is None and flight is None:
-                if self.mode == "replay":
-                    self.counts["misses"] += 1
-                    raise WebError("cache_miss", "this was not recorded, and the web is closed")
-                flight, mine = self.flights.setdefault(key, Future()), True
+            mine = row is None and key not in self.flights
+            if mine and self.mode == "replay":
+                self.counts["misses"] += 1
+                raise WebError("cache_miss", "this was not recorded, and the web is closed")
+            if mine:
+                self.flights[key] = Future()
+            flight = self.flights.get(key)
             self.counts["made" if mine else "hits"] += 1
-            self.here.hits = getattr(self.here, "hits", 0) + (not mine)
+        if hits is not None and not mine:
+            hits.append(tool)
         if row is not None:
             kept = json.loads(zlib.decompress(row[0]))
             if "error" in kept:
@@ -90,7 +84,7 @@ class Cache:
             self._keep(key, request, {"value": value})
             flight.set_result(value)
             return value
-        except BaseException as error:    # also Ctrl-C: whoever waits for this answer must not wait for ever
+        except BaseException as error:    # also Ctrl-C: nobody must wait for this answer for ever
             if isinstance(error, WebError) and error.keep:
                 self._keep(key, request, {"error": [error.kind, error.text]})
             flight.set_exception(error)
@@ -140,10 +134,6 @@ def check_address(address: str, allow_loopback: bool = False):
         raise WebError("blocked", "this address is private or reserved; only public sites can be reached")
 
 
-def benchmark_site(url: str) -> bool:
-    return bool(BENCHMARKS.search(unquote(url)))
-
-
 def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> type:
     """A connection class that checks every address of a name, then the one it has reached, before a byte is
     sent: a second DNS answer that differs from the first is no way in. It is cut at `deadline` (time.monotonic)."""
@@ -172,10 +162,8 @@ def guarded(base: type, allow_loopback: bool, deadline: float, cuts: list) -> ty
 
 
 def cut(sock: socket.socket):
-    try:
+    with suppress(OSError):    # closed already
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass    # closed already
 
 
 class PublicOnly(HTTPAdapter):
@@ -198,6 +186,9 @@ class PublicOnly(HTTPAdapter):
 
 def body_of(response, deadline: float) -> bytes:
     """The body as it streams in, at most MAX_BYTES and not after the deadline."""
+    if response.status_code != 200:
+        passing = response.status_code == 429 or response.status_code >= 500
+        raise WebError(f"http_{response.status_code}", "the site refuses", keep=not passing)
     chunks, size = [], 0
     for chunk in response.iter_content(65536):
         chunks.append(chunk)
@@ -213,26 +204,36 @@ def body_of(response, deadline: float) -> bytes:
 
 @dataclass
 class Web:
-    """What the tools of a run share."""
+    """What the tools of a run share. Every call of a tool gets a copy whose list of hits is empty."""
     cache: Cache = field(default_factory=Cache)
     allow_loopback: bool = False                 # for tests with servers of their own
     seconds: float = 20.0                        # at most, for one request
     wikipedia: str = "https://{}.wikipedia.org"
     wayback: str = "https://archive.org"
-    counts: Counter = field(default_factory=Counter)
+    counts: Counter = field(default_factory=Counter)    # "benchmark": pages and hits that gave it away
+    hits: list = field(default_factory=list)            # one entry for each answer that came from the cache
+
+    def answer(self, tool: str, arguments: dict, backend: str, make: Callable):
+        return self.cache.answer(tool, arguments, backend, make, self.hits)
 
     def fetch(self, url: str, seconds: float = math.inf) -> tuple[str, str, bytes]:
         """(final address, content type, body) of a public page, recorded or fetched; else WebError."""
-        self.not_the_benchmark(url)
-        url, kind, body = self.cache.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
+        self.refuse(url)
+        url, kind, body = self.answer("fetch", {"url": url}, "http", lambda: self.get(url, seconds))
         return url, kind, base64.b64decode(body)
 
-    def not_the_benchmark(self, url: str):
-        if benchmark_site(url):
-            self.counts["benchmark"] += 1
-            raise WebError("blocked", "this site holds the benchmark itself", keep=True)
+    def gives_away(self, url: str = "", text: str = "", question: str = "") -> bool:
+        """Whether an address or a text holds the benchmark itself. It is counted."""
+        found = bool(BENCHMARKS.search(unquote(url))) or holds_benchmark(text, question)
+        self.counts["benchmark"] += found
+        return found
+
+    def refuse(self, url: str = "", text: str = "", question: str = "") -> None:
+        if self.gives_away(url, text, question):
+            raise WebError("blocked", f"this {'site' if url else 'page'} holds the benchmark itself", keep=bool(url))
 
     def get(self, url: str, seconds: float) -> list[str]:
+        """[final address, content type, body in base64] of a page. Every address on the way is checked."""
         deadline = time.monotonic() + min(self.seconds, max(seconds, 1.0))
         for _ in range(6):
             try:
@@ -249,161 +250,116 @@ class Web:
                     response = session.get(url, stream=True, allow_redirects=False, headers={"User-Agent": AGENT},
                                            timeout=max(deadline - time.monotonic(), 0.1))
                     if not response.is_redirect:
-                        return self.answered(url, response, deadline)
+                        body = base64.b64encode(body_of(response, deadline)).decode()
+                        return [url, response.headers.get("content-type", ""), body]
                 except (requests.RequestException, ValueError) as error:
                     late = time.monotonic() >= deadline or isinstance(error, requests.Timeout)
                     kind = "timeout" if late else "network"
                     raise WebError(kind, f"{parts.hostname} cannot be read") from error
             url = urljoin(url, response.headers["location"])
-            self.not_the_benchmark(url)
+            self.refuse(url)
         raise WebError("network", "too many redirects", keep=True)
-
-    def answered(self, url: str, response, deadline: float) -> list[str]:
-        if response.status_code != 200:
-            passing = response.status_code == 429 or response.status_code >= 500
-            raise WebError(f"http_{response.status_code}", "the site refuses", keep=not passing)
-        kind = response.headers.get("content-type", "")
-        return [url, kind, base64.b64encode(body_of(response, deadline)).decode()]
 
     def ask(self, tool: str, arguments: dict, backend: str, url: str, pick: Callable, **request):
         """pick(JSON) of an API that the user has configured, recorded by tool and arguments: keys in `request` only."""
-        return self.cache.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
+        return self.answer(tool, arguments, backend, lambda: pick(call(url, self.seconds, **request)))
 
 
-def call(url: str, seconds: float, **request):
-    """One POST (with `json`, `data` or `files`) or GET to a trusted API -> its JSON. Retries with backoff."""
-    deadline, method = time.monotonic() + seconds, "GET" if set(request) <= {"params", "headers"} else "POST"
-    for pause in (0.5, 1.0, 2.0, math.inf):
-        try:
-            response = requests.request(method, url, timeout=max(deadline - time.monotonic(), 0.1), **request)
-            status, kind = response.status_code, f"http_{response.status_code}"
-            passing = status in (200, 429) or status >= 500
-            if status == 200:
-                answer, kind = response.json(), "bad_answer"
-                if not (isinstance(answer, dict) and answer.get("error")):    # MediaWiki, when busy, says so here
-                    return answer
-        except requests.exceptions.JSONDecodeError:
-            kind, passing = "bad_answer", False
-        except requests.RequestException as error:
-            kind, passing = "timeout" if isinstance(error, requests.Timeout) else "network", True
-        if not passing or time.monotonic() + pause > deadline:
-            break
-        time.sleep(pause)
-    raise WebError(kind, f"{urlsplit(url).hostname} did not answer as it should")
-
-
-def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: float = 60.0, tokens: int = 512) -> str:
-    """The reply of an OpenAI-compatible server; `url` is what its documentation calls the base URL."""
-    answer = call(f"{url.rstrip('/')}/chat/completions", seconds, headers=bearer(key),
-                  json={"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens})
+def open_web(spec: str) -> Web:
+    """The web of a run, from a flag: live, record[:FILE] or replay[:FILE]. UserError for anything else."""
+    mode, _, file = spec.partition(":")
+    if mode not in ("live", "record", "replay"):
+        raise UserError(f"--cache {spec}: it is live, record[:FILE] or replay[:FILE]")
+    if mode == "replay" and not Path(file or "web.sqlite").is_file():
+        raise UserError(f"--cache {spec}: there is no such record")
     try:
-        return str(answer["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError) as error:
-        raise WebError("bad_answer", "the model's server did not answer with a message") from error
+        return Web(Cache(file or "web.sqlite", mode))
+    except sqlite3.Error as error:
+        raise UserError(f"--cache {spec}: the file cannot be used: {error}") from error
 
 
-def bearer(key: str) -> dict:
-    return {"Authorization": f"Bearer {key}"} if key else {}
+# ------------------------------------------------------------------------------------- what the tools ask for
+# In the order of preference: variable of the environment that holds the key or the address; address; where in its
+# answer the hits are; their names for title, link and text.
+SEARCHES = {
+    "serper": ("SERPER_API_KEY", "https://google.serper.dev/search", ["organic"], ("title", "link", "snippet")),
+    "brave": ("BRAVE_API_KEY", "https://api.search.brave.com/res/v1/web/search", ["web", "results"],
+              ("title", "url", "description")),
+    "tavily": ("TAVILY_API_KEY", "https://api.tavily.com/search", ["results"], ("title", "url", "content")),
+    "searxng": ("SEARXNG_URL", "", ["results"], ("title", "url", "content")),
+    "wikipedia": ("", "", ["query", "search"], ("title", "title", "snippet")),    # needs no key, and so is the last
+}
 
 
-# ---------------------------------------------------------------------------------------- the benchmark guard
-def ngrams(text: str, n: int = 8) -> set[tuple]:
-    """The n-word sequences of a text, case and punctuation apart."""
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
+def search(web: Web, query: str, k: int, year: int, site: str) -> list[list[str]]:
+    """The k best hits [title, link, text] of the first back end that has a key, else of Wikipedia."""
+    live = next((name for name, (variable, *_) in SEARCHES.items() if os.environ.get(variable)), "wikipedia")
+    backend = web.cache.backend_of("web_search", live)
+    url, request = search_request(web, backend, query, min(k, 20), year, site)
+
+    def pick(answer: dict) -> list:
+        _, _, path, names = SEARCHES[backend]
+        for name in path:
+            answer = answer.get(name) or {}
+        return [[str(hit.get(name) or "") for name in names] for hit in answer]
+    arguments = {"query": query, "k": k, "year": year, "site": site}
+    hits = web.ask("web_search", arguments, backend, url, pick, **request)[:k]
+    if backend == "wikipedia":
+        folder = web.wikipedia.format("en") + "/wiki/"
+        hits = [[title, folder + quote(title.replace(" ", "_")), re.sub("<.*?>", "", text)] for title, _, text in hits]
+    return hits
 
 
-def holds_benchmark(text: str, question: str) -> bool:
-    """Whether a page repeats the question itself: more than a quoted title, at least 40 % of its 8-grams."""
-    asked = ngrams(question)
-    return len(asked) >= 3 and len(asked & ngrams(text)) >= 0.4 * len(asked)
+def search_request(web: Web, backend: str, query: str, k: int, year: int, site: str) -> tuple[str, dict]:
+    """(address, request) of a search."""
+    variable, url, *_ = SEARCHES[backend]
+    key, full = os.environ.get(variable, ""), f"{query} site:{site}" if site else query
+    if backend == "serper":
+        span = {"tbs": f"cdr:1,cd_min:1/1/{year},cd_max:12/31/{year}"} if year else {}
+        return url, {"json": {"q": full, "num": k, **span}, "headers": {"X-API-KEY": key}}
+    if backend == "brave":
+        span = {"freshness": f"{year}-01-01to{year}-12-31"} if year else {}
+        return url, {"params": {"q": full, "count": k, **span}, "headers": {"X-Subscription-Token": key}}
+    if backend == "tavily":
+        span = {"start_date": f"{year}-01-01", "end_date": f"{year}-12-31"} if year else {}
+        sites = {"include_domains": [site]} if site else {}
+        return url, {"json": {"query": query, "max_results": k, **span, **sites}, "headers": bearer(key)}
+    dated = f"{full} {year}" if year else full    # these two cannot be asked for a year: it becomes a word
+    if backend == "searxng":
+        return key.rstrip("/") + "/search", {"params": {"q": dated, "format": "json"}}
+    asked = {"list": "search", "srsearch": dated.replace(" site:", " "), "srlimit": k}
+    return web.wikipedia.format("en") + "/w/api.php", {
+        "headers": {"User-Agent": AGENT}, "params": {"action": "query", "format": "json", **asked}}
 
 
-# ------------------------------------------------------------------------------------------ documents as text
-def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) -> str:
-    """A document as Markdown, or the text it is. suffix: ".pdf", ".html"... WebError if it cannot be read.
+def article(web: Web, title: str, date: str) -> tuple[str, str]:
+    """(title and date, HTML) of a Wikipedia article as it stood at the end of a day, or stands now."""
+    language, name = re.fullmatch(r"(?:([a-z]{2,3}):)?(.*)", title, re.DOTALL).groups()
+    api = web.wikipedia.format(language or "en") + "/w/api.php"
+    common = {"format": "json", "formatversion": 2}
+    until = {"rvstart": f"{date}T23:59:59Z", "rvdir": "older"} if date else {}
 
-    Parsed in a process of its own, without keys in its environment: a hostile file may want all there is.
-    """
-    if suffix not in PARSERS:
-        return decode(body)
-    try:
-        done = subprocess.run([sys.executable, "-I", __file__, suffix, sheet], input=body, env={},
-                              capture_output=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise WebError("timeout", f"the {suffix} file takes too long to read") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it needs too much memory"]
-        raise WebError("unreadable", f"the {suffix} file cannot be read: {said[-1][:200]}", keep=True)
-    return done.stdout.decode()
-
-
-def decode(body: bytes) -> str:
-    utf_16 = body[:2] in (b"\xff\xfe", b"\xfe\xff")
-    if b"\0" in body[:4096] and not utf_16:
-        raise WebError("unreadable", "this is a binary file of a kind that cannot be read as text", keep=True)
-    try:
-        return body.decode("utf-16" if utf_16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        return body.decode("latin-1")
+    def newest(answer: dict) -> list:
+        found = (answer.get("query", {}).get("pages") or [{}])[0]
+        if not found.get("revisions"):
+            raise WebError("not_found", f"no article {name!r}" + (f" on {date}" if date else ""), keep=True)
+        return [found["title"], found["revisions"][0]["revid"], found["revisions"][0]["timestamp"]]
+    found, revision, stamp = web.ask(
+        "wiki", {"title": title, "date": date}, "mediawiki", api, newest, headers={"User-Agent": AGENT},
+        params={"action": "query", "prop": "revisions", "titles": name, "redirects": 1, "rvlimit": 1,
+                "rvprop": "ids|timestamp", **until, **common})
+    html = web.ask("wiki", {"revision": revision, "language": language}, "mediawiki", api,
+                   lambda answer: answer["parse"]["text"], headers={"User-Agent": AGENT},
+                   params={"action": "parse", "oldid": revision, "prop": "text", **common})
+    return f"{found}, revision of {stamp}", html
 
 
-def read_pdf(body: bytes, _: str) -> str:
-    from pypdf import PdfReader
-    pages = PdfReader(io.BytesIO(body)).pages
-    texts = [f"[page {i} of {len(pages)}]\n{page.extract_text()}" for i, page in enumerate(pages, 1)]
-    return "\n\n".join(texts)
-
-
-def read_markdown(suffix: str) -> Callable:
-    def read(body: bytes, _: str) -> str:
-        from markitdown import MarkItDown, StreamInfo
-        return MarkItDown(enable_plugins=False).convert_stream(
-            io.BytesIO(body), stream_info=StreamInfo(extension=suffix)).text_content
-    return read
-
-
-def read_xlsx(body: bytes, sheet: str) -> str:
-    """Every cell with a value or a fill colour: `B2=7 [fill FFFF0000]`. A formula stands where no value is kept."""
-    from openpyxl import load_workbook
-    values, formulas = (load_workbook(io.BytesIO(body), data_only=flag) for flag in (True, False))
-    if sheet and sheet not in values.sheetnames:
-        raise ValueError(f"no sheet {sheet!r}; there are {values.sheetnames}")
-    lines = []
-    for name in [sheet] if sheet else values.sheetnames:
-        lines.append(f"## Sheet {name} ({values[name].dimensions}); sheets: {', '.join(values.sheetnames)}")
-        for row in values[name].iter_rows():
-            shown = []
-            for cell in row:
-                value = formulas[name][cell.coordinate].value if cell.value is None else cell.value
-                colour = cell.fill.fgColor if cell.fill and cell.fill.fill_type else None
-                fill = f" [fill {getattr(colour, colour.type)}]" if colour is not None else ""
-                if value is not None or fill:
-                    shown.append(f"{cell.coordinate}={'' if value is None else value}{fill}")
-            if shown:
-                lines.append(" | ".join(shown))
-    return "\n".join(lines)
-
-
-def read_zip(body: bytes, _: str) -> str:
-    return "\n".join(f"{i.filename} ({i.file_size} bytes)" for i in members(body))
-
-
-def members(body: bytes) -> list[zipfile.ZipInfo]:
-    return zipfile.ZipFile(io.BytesIO(body)).infolist()
-
-
-PARSERS = {".pdf": read_pdf, ".xlsx": read_xlsx, ".zip": read_zip,
-           **{s: read_markdown(s) for s in (".html", ".docx", ".pptx")}}
-PARSERS[".htm"] = PARSERS[".html"]
-
-
-if __name__ == "__main__":    # the process of `to_text`: python web.py SUFFIX SHEET < document
-    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
-    document = sys.stdin.buffer.read()
-    try:
-        if document[:2] == b"PK" and sum(i.file_size for i in members(document)) > 2**29:
-            raise ValueError("it unpacks to more than 512 MiB")
-        sys.stdout.buffer.write(PARSERS[sys.argv[1]](document, sys.argv[2]).encode(errors="replace"))
-    except Exception as problem:    # whatever a parser says of a broken file, in one line
-        sys.exit(f"{type(problem).__name__}: {problem}"[:200])
+def snapshot(web: Web, url: str, date: str) -> str:
+    """The address of the Wayback Machine's copy of a page that is nearest to a date."""
+    def closest(answer: dict) -> str:
+        found = (answer.get("archived_snapshots") or {}).get("closest") or {}
+        if not found.get("url"):
+            raise WebError("not_found", "the archive has no copy", keep=True)
+        return re.sub(r"(/web/\d+)/", r"\1id_/", found["url"])    # id_: without the archive's frame
+    return web.ask("archive", {"url": url, "date": date}, "wayback", web.wayback + "/wayback/available", closest,
+                   params={"url": url, "timestamp": re.sub(r"\D", "", date)})

@@ -1,8 +1,8 @@
 """Benchmarks: `python -m scripts.bench {executor,rollout,update} [--quick] [--json FILE]`.
 
-One section a room, each with a function `bench_<room>(args) -> dict`: it prints its figures and returns them
-for --json. What is compared runs in one process: machines differ, and are noisy. No room imports this file.
-Reading order: any section; `main` ties them together.
+One section per benchmark, in any order. Each has a function `bench_<name>(args) -> dict`, which prints its figures
+and returns them for --json; `main` calls it. Both sides of a comparison run in one process: machines differ, and the
+load changes. The other side, the naive way, is in tests/.
 """
 import sys
 
@@ -14,9 +14,10 @@ import gc
 import json
 import os
 import platform
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,23 +34,14 @@ from machinery import engine
 from executor import Executor, Limits
 from machinery.cli import OneLineParser, exit_status
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))     # the naive way lives there
-from oracle import oracle       # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from naive_update import naive_logps, naive_update, random_batch
+from oracle import oracle
+from scripted import Workload, scripted
 
 
 # ------------------------------------------------------------------------------------------------ the rollout
-@dataclass(frozen=True)
-class Workload:
-    """Scripted trajectories: the tokens are the model's, the lengths of turns and observations are drawn."""
-    groups: int
-    turns: int
-    sampled: tuple[int, int]    # tokens a turn, log-uniform: heavy variance
-    observed: tuple[int, int]   # tokens an observation, log-uniform
-    prompt: int                 # tokens, shared by a group of 8
-    context: int
-    slots: tuple[int, ...] = () # that bench_rollout measures
-
-
+# (--workload, --quick) -> groups, turns, tokens sampled and observed, of the prompt, context, slots
 WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048, (32, 64)),
              ("w", True): Workload(8, 2, (10, 40), (20, 60), 200, 512, (32, 64)),
              ("w2", False): Workload(1, 6, (50, 400), (100, 2000), 1500, 8192, (4, 8)),
@@ -58,53 +50,8 @@ SMALL = Qwen2Config(hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
                     intermediate_size=1024, vocab_size=8192, tie_word_embeddings=True)
 
 
-class Scripted:
-    """Stands in for rollout.Episode, in the engine and in the oracle: each turn ends at a drawn length."""
-
-    def __init__(self, group: int, sample: int, prompt: list[int], work: Workload, rng, vocabulary, latency):
-        self.group, self.prompt, self.seed, self.turn = group, prompt, [group, sample], 0
-
-        def draw(low, high):
-            return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
-        self.lengths = [draw(*work.sampled) for _ in range(work.turns)]
-        self.observations = [rng.integers(vocabulary, size=draw(*work.observed)).tolist()
-                             for _ in self.lengths[1:]] + [[]]
-        self.latencies = rng.uniform(*latency, size=work.turns)                         # seconds
-
-    @property
-    def turn_tokens(self) -> int:
-        return self.lengths[self.turn]
-
-    def uniforms(self, n: int) -> np.ndarray:
-        return np.random.default_rng(self.seed).random(n)
-
-    def ended(self, turn: list[int]) -> bool:
-        return len(turn) == self.turn_tokens
-
-    def close_turn(self, turn: list[int], cut: str) -> None:
-        self.turn += 1
-
-    def act(self) -> None:
-        time.sleep(self.latencies[self.turn - 1])
-
-    def observe(self, result, room: int) -> list[int]:
-        """The next observation; none after the last turn, and none if the context is too short for it."""
-        observation = self.observations[self.turn - 1]
-        return observation if len(observation) < room else []
-
-    def close(self) -> None:
-        """No session to close."""
-
-
-def scripted(work: Workload, vocabulary: int, latency=(0.0, 0.0)) -> list[Scripted]:
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(vocabulary, size=work.prompt).tolist() for _ in range(work.groups)]
-    return [Scripted(g, i, prompt, work, rng, vocabulary, latency)
-            for g, prompt in enumerate(prompts) for i in range(8)]
-
-
 def random_model(name: str, device: str):
-    """That shape with random weights: "small" in fp32, the others as in training: NF4 + LoRA, bf16 on GPU."""
+    """A model with random weights. "small": in fp32; the shape of a Qwen2.5 model: as in training, NF4 and LoRA."""
     config = SMALL if name == "small" else model_config(name)
     dtype = torch.float32 if name == "small" or device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
@@ -112,10 +59,11 @@ def random_model(name: str, device: str):
         model = Qwen2ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     if name == "small":
         return model
-    for parent in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
-        for key, linear in list(parent.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                setattr(parent, key, quantised(linear, dtype))
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for key, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(parent, key, quantised(linear, dtype))
     model.is_loaded_in_4bit = True      # peft asks for this
     return new_adapter(model.requires_grad_(False)).eval()
 
@@ -137,21 +85,21 @@ def run_engine(model, work: Workload, slots: int, latency=(0.0, 0.0)) -> dict:
         start = Stopwatch(model)
         out = list(sampler.sample(episodes))
         figures = start.figures(sampler.sampled)
-    # every token once, prompts once a group, and the last token of all never
+    # every token once, a prompt once per group, and the last token of a trajectory never
     minimum = sum(len(ids) - 1 - work.prompt for _, ids, *_ in out) + work.groups * work.prompt
     return figures | {"slots": slots, "steps": sampler.ticks, "idle_share": sampler.idle / figures["wall_s"],
                       "forwarded_over_minimum": sampler.forwarded / minimum, "out": out}
 
 
 def run_oracle(model, work: Workload, batch: int) -> dict:
-    episodes, vocabulary = scripted(work, model.config.vocab_size), model.config.vocab_size
+    episodes, never = scripted(work, model.config.vocab_size), np.zeros(model.config.vocab_size, dtype=bool)
     start = Stopwatch(model)
-    out = list(oracle(model, episodes, work.context, 1.0, np.zeros(vocabulary, dtype=bool), batch))
+    out = list(oracle(model, episodes, work.context, 1.0, never, batch))
     return start.figures(sum(sum(mask) for _, _, mask in out)) | {"batch": batch}
 
 
 class Stopwatch:
-    """Wall seconds on a GPU; on the CPU, with one thread, processor seconds: other programs do not count."""
+    """Wall seconds on a GPU. On the CPU processor seconds of the one thread: other programs do not count."""
 
     def __init__(self, model):
         self.gpu = model.device.type == "cuda"
@@ -163,24 +111,24 @@ class Stopwatch:
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
         seconds = wall if self.gpu else cpu
         peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.gpu else {}
-        return {"seconds": seconds, "wall_s": wall, "sampled": sampled,
-                "tokens_per_s": sampled / seconds} | peak
+        return {"seconds": seconds, "wall_s": wall, "sampled": sampled, "tokens_per_s": sampled / seconds} | peak
 
 
 @torch.no_grad()
 def largest_logp_difference(model, out: list) -> float:
-    """max |log-prob while sampling - plain full forward| over the sampled tokens of every 8th trajectory."""
-    worst = 0.0
+    """max |log-prob while sampling - log-prob of one forward| over the sampled tokens of every 8th trajectory."""
+    largest = 0.0
     for _, ids, mask, logps, _ in out[::8]:
         tokens = torch.tensor([ids], device=model.device)                               # (1, T)
         full = torch.log_softmax(model(tokens).logits[0, :-1].float(), dim=-1)          # (T - 1, V)
         full = full.gather(-1, tokens[0, 1:, None])[:, 0].cpu()                         # (T - 1,)
-        worst = max(worst, ((full - torch.tensor(logps[1:])).abs() * torch.tensor(mask[1:])).max().item())
-    return worst
+        sampled = torch.tensor(mask[1:]).bool()                                         # (T - 1,)
+        largest = max(largest, (full - torch.tensor(logps[1:]))[sampled].abs().max().item())
+    return largest
 
 
-def roofline_share(model, run: dict, work: Workload) -> float:
-    """Seconds to read the weights once a step and the context once a token, over the seconds used."""
+def roofline_share(model, result: dict) -> float:
+    """The share of the seconds that memory alone would take: weights read once per tick, context once per token."""
     big = torch.empty(2**30, dtype=torch.uint8, device=model.device)
     copy = big.clone()
     torch.cuda.synchronize()
@@ -191,89 +139,66 @@ def roofline_share(model, run: dict, work: Workload) -> float:
     bandwidth = 10 * 2 * 2**30 / (time.perf_counter() - start)      # bytes/s, read and write
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
-    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 2     # bf16
-    context = sum(i for _, _, mask, *_ in run["out"] for i, m in enumerate(mask) if m)
-    return (run["steps"] * weights + context * a_token) / bandwidth / run["seconds"]
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 2   # bytes, bf16
+    context = sum(i for _, _, mask, *_ in result["out"] for i, m in enumerate(mask) if m)       # tokens
+    return (result["steps"] * weights + context * token) / bandwidth / result["seconds"]
+
+
+def cap_memory(gib: float) -> None:
+    share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
 def bench_rollout(args) -> dict:
-    """The same scripted workload with the engine and with `generate` per turn, in one process."""
+    """The same scripted workload with the engine, and with `generate` for each turn."""
     torch.set_num_threads(1)
     gpu = torch.cuda.is_available()
     if gpu and args.vram:
-        share = args.vram * 2**30 / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+        cap_memory(args.vram)
     work = WORKLOADS[args.workload, args.quick]
     model = random_model(args.model_config, "cuda" if gpu else "cpu")
     print(f"workload {args.workload}: {work}\nmodel {args.model_config}, {model.device}, one thread")
     if gpu and not args.quick:
         work = replace(work, groups=16, slots=(1, 16, 64, 128))
-    run_engine(model, WORKLOADS["w", True], 4)          # warm up
-    runs = [run_engine(model, work, n) for n in work.slots]
-    naive = run_oracle(model, work, 16)                 # its best batch here of 8, 16, 32 and 64
+    run_engine(model, WORKLOADS["w", True], 4)          # warms up
+    results = [run_engine(model, work, n) for n in work.slots]
+    naive = run_oracle(model, work, 16)                 # the best batch on a CPU of 8, 16, 32 and 64
     late = run_engine(model, work, work.slots[-1], latency=(0.1, 1.0))
-    for run in runs:
-        run["speedup"] = run["tokens_per_s"] / naive["tokens_per_s"]
+    for result in results:
+        result["speedup"] = result["tokens_per_s"] / naive["tokens_per_s"]
         if gpu:
-            run["roofline_share"] = roofline_share(model, run, work)
-    figures = {f"speedup_{run['slots']}": run["speedup"] for run in runs} | {
-        "forwarded_over_minimum": max(run["forwarded_over_minimum"] for run in runs),
-        "max_logp_diff": max(largest_logp_difference(model, run["out"]) for run in runs),
+            result["roofline_share"] = roofline_share(model, result)
+    figures = {f"speedup_{result['slots']}": result["speedup"] for result in results} | {
+        "forwarded_over_minimum": max(result["forwarded_over_minimum"] for result in results),
+        "max_logp_diff": max(largest_logp_difference(model, result["out"]) for result in results),
         "idle_share_with_latency": late["idle_share"]}
-    figures["engine"] = [{k: v for k, v in run.items() if k != "out"} for run in runs + [late]]
-    figures["oracle"] = naive
-    for run in [naive, *figures["engine"]]:
-        print("  ".join(f"{k} {v:.4g}" for k, v in run.items()))
-    print("  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)))
-    return figures
+    for result in [*results, late]:
+        del result["out"]
+    for result in [naive, *results, late, figures]:
+        print_figures(result)
+    return figures | {"engine": [*results, late], "oracle": naive}
+
+
+def print_figures(figures: dict) -> None:
+    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 # ------------------------------------------------------------------------------------------------- the update
-def peak_memory(device: str, run) -> tuple[float, float, object]:
-    """(GiB at the peak above what was held before, seconds, run()); on the CPU by the kernel, in processor seconds."""
+def peak_memory(device: str, work) -> tuple[float, float, object]:
+    """(GiB at the peak above what was held before, seconds, work()). On the CPU: what the kernel counts for this
+    process, and processor seconds."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before, began, result = torch.cuda.memory_allocated(), time.perf_counter(), run()
+        before, began, result = torch.cuda.memory_allocated(), time.perf_counter(), work()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**30, time.perf_counter() - began, result
 
-    def resident(line: str) -> float:
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(row.split()[1]) for row in status if row.startswith(line)) / 2**20
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")     # VmHWM, the peak, begins again
-    before, began, result = resident("VmRSS"), time.process_time(), run()
-    return resident("VmHWM") - before, time.process_time() - began, result
-
-
-def random_batch(vocabulary: int, lengths: list[int]) -> list[tuple[rollout.Trajectory, float]]:
-    """Trajectories of random tokens, the first half of each forced, the second sampled."""
-    rng, batch = np.random.default_rng(0), []
-    for i, n in enumerate(lengths):
-        ids, mask = rng.integers(vocabulary, size=n).tolist(), [int(t >= n // 2) for t in range(n)]
-        logps = [-np.log(vocabulary) * m for m in mask]
-        batch.append((rollout.Trajectory("bench", i, 0, ids, mask, logps, n // 2, [], None, "answer", 0.0),
-                      float(rng.normal())))
-    return batch
-
-
-def naive_logps(hidden, head, ids):                                    # (B, T, H), (V, H), (B, T) -> (B, T-1)
-    logits = (hidden @ head.T).float()                                  # (B, T, V)
-    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-
-
-def naive_update(policy, optimizer, batch, cfg):
-    """The same loss the usual way: one padded batch, all logits, autograd through log_softmax."""
-    micro, = grpo.micro_batches(batch, range(len(batch)), 10**9, policy.device)
-    base = policy.model.get_base_model()
-    logp = naive_logps(base.model(micro.ids).last_hidden_state, base.lm_head.weight, micro.ids)
-    mask, lengths = micro.mask[:, 1:], micro.mask.sum(1, keepdim=True).float()
-    loss, _ = grpo.grpo_loss(logp, logp, micro.behaviour[:, 1:], None, micro.advantage, mask, cfg,
-                             grpo.normalisers(cfg, lengths, lengths.sum().item(), len(batch)))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+    def gib(name: str) -> float:
+        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")       # VmHWM, the peak of VmRSS, begins again
+    before, began, result = gib("VmRSS"), time.process_time(), work()
+    return gib("VmHWM") - before, time.process_time() - began, result
 
 
 def as_policy(network) -> Policy:
@@ -281,7 +206,7 @@ def as_policy(network) -> Policy:
 
 
 def bench_update(args) -> dict:
-    """Our update and its head against the naive way, at the vocabulary of a 7B model, in one process."""
+    """Our update and its head against the naive way, at the vocabulary of a 7B model."""
     if args.model_config:
         return bench_real_shape(args)
     torch.set_num_threads(1)
@@ -292,45 +217,45 @@ def bench_update(args) -> dict:
     policy, cfg = as_policy(new_adapter(base)), grpo.GRPOConfig(beta=0.0, token_budget=1024)
     lengths = np.random.default_rng(1).integers(60, 240, size=4 if args.quick else 12).tolist()
     batch = random_batch(config.vocab_size, lengths)
-    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)             # each run meets the same weights
+    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)     # the weights stay the same for all measurements
     whole, = grpo.micro_batches(batch, range(len(batch)), 10**9, device)
     hidden = torch.randn(*whole.ids.shape, config.hidden_size, device=device, requires_grad=True)
     head, mask = base.lm_head.weight, whole.mask[:, 1:]
-    at, sampled = mask.nonzero(as_tuple=True), whole.ids[:, 1:][mask]
+    rows, sampled = mask.nonzero(as_tuple=True), whole.ids[:, 1:][mask]
     ways = {
-        "head": lambda: grpo.HeadLogps.apply(hidden[at], head, sampled, 1.0, 2**26 // len(head))[0].sum().backward(),
+        "head": lambda: grpo.HeadLogps.apply(hidden[rows], head, sampled, 1.0, 2**26 // len(head))[0].sum().backward(),
         "head, naive": lambda: naive_logps(hidden, head, whole.ids)[mask].sum().backward(),
         "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss,
-        "update, naive": lambda: naive_update(policy, optimizer, batch, cfg),
-    }
+        "update, naive": lambda: naive_update(policy, optimizer, batch, cfg)}
+    for way in ways.values():
+        peak_memory(device.type, way)                           # warms up
     found = {name: [] for name in ways}
-    for _ in range(2 if args.quick else 3):                             # in turn; the first round warms up
-        for name, run in ways.items():
-            found[name].append(peak_memory(device.type, run))
-    if abs(found["update"][-1][2] - found["update, naive"][-1][2]) > 1e-4:
+    for _ in range(1 if args.quick else 2):
+        for name, way in ways.items():
+            found[name].append(peak_memory(device.type, way))
+    if abs(found["update"][0][2] - found["update, naive"][0][2]) > 1e-4:
         raise AssertionError("the two updates have different losses")
-    gib = {name: max(m for m, _, _ in runs[1:]) for name, runs in found.items()}
-    seconds = {name: min(s for _, s, _ in runs[1:]) for name, runs in found.items()}
+    gib = {name: max(memory for memory, _, _ in results) for name, results in found.items()}
+    seconds = {name: min(duration for _, duration, _ in results) for name, results in found.items()}
     print(f"{len(batch)} trajectories, {sum(lengths)} tokens, {len(sampled)} sampled, vocabulary 152064, {device}")
     for name in ways:
         print(f"{name:<16}{gib[name]:>7.2f} GiB{seconds[name]:>8.2f} s{sum(lengths) / seconds[name]:>8.0f} tokens/s")
     figures = {"head_memory_ratio": gib["head, naive"] / gib["head"],
                "update_memory_ratio": gib["update, naive"] / gib["update"],
                "time_ratio": seconds["update"] / seconds["update, naive"]}
-    print("  ".join(f"{k} {v:.3g}" for k, v in figures.items()))
+    print_figures(figures)
     return figures | {"tokens_per_second": sum(lengths) / seconds["update"], "gib": gib, "seconds": seconds}
 
 
 def bench_real_shape(args) -> dict:
-    """Sampling and update (with its reference pass) at a real model's shape: peak memory beside the plan's.
+    """Sampling, and the update with its reference pass, at the shape of a real model: peak memory beside the plan's.
 
-    The peak is that of torch's tensors, so the plan's allowance for CUDA itself is left out. On the CPU, where the
-    base computes in fp32, what is held all along is taken from the plan: there it only shows that it runs.
+    The peak is that of torch's tensors, so the plan's part for CUDA itself is left out. On the CPU the base computes
+    in fp32, and the memory of weights and adapter is taken from the plan: a CPU only shows that it runs.
     """
     gpu = torch.cuda.is_available()
-    if gpu:     # 1 GiB is for CUDA itself
-        share = (args.vram - 1) * 2**30 / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    if gpu:
+        cap_memory(args.vram - 1)       # 1 GiB is for CUDA itself
     network, figures, slots = random_model(args.model_config, "cuda" if gpu else "cpu"), {}, 16 if gpu else 8
     network.activation_checkpointing_enable({"use_reentrant": False})
     never_repack(network)
@@ -342,13 +267,13 @@ def bench_real_shape(args) -> dict:
         del plan["runtime: CUDA context, fragmentation"]
         work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens)
         batch, cfg = random_batch(vocabulary, [tokens] * 2), grpo.GRPOConfig(token_budget=tokens)
-        for column, (phase, run) in enumerate({
-                "sampling": lambda: run_engine(network, work, slots)["seconds"],
-                "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss}.items()):
+        phases = {"sampling": lambda work=work: run_engine(network, work, slots)["seconds"],
+                  "update": lambda batch=batch, cfg=cfg: grpo.update(policy, optimizer, batch, cfg).loss}
+        for column, (phase, action) in enumerate(phases.items()):
             planned = sum(part[column] for part in plan.values())
             held = plan["weights"][0] + plan["adapter, gradients, 8-bit optimiser"][0]      # no gradients yet
             held = torch.cuda.memory_allocated() / 2**30 if gpu else held
-            gib, seconds, _ = peak_memory(network.device.type, run)
+            gib, seconds, _ = peak_memory(network.device.type, action)
             figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": held + gib, "planned": planned}
             print(f"{tokens} tokens, {phase}: {seconds:.1f} s, peak {held + gib:.2f} GiB, planned {planned:.2f}")
     return figures
@@ -388,7 +313,7 @@ def tree_pss(pid: int) -> float:
 
 
 def bench_executor(args) -> dict:
-    """Starting, stepping, calling and holding sessions; ipykernel and smolagents beside it where they are installed."""
+    """Sessions: start, a cell, a tool call, many at once; ipykernel and smolagents beside them where installed."""
     times, many, loop = (20, 16, 10**5) if args.quick else (200, 256, 10**6)
     code = f"s = 0\nfor i in range({loop}): s += i"
     limits = Limits(tool_calls=10**9)
@@ -396,13 +321,13 @@ def bench_executor(args) -> dict:
         figures = {"sandbox": executor.sandbox, "loop_iterations": loop}
         starts = milliseconds(lambda: executor.session().close(), times)
         with executor.session({"same": lambda value: value}) as session:
-            steps = milliseconds(lambda: session.execute("x = 1"), times)
+            cells = milliseconds(lambda: session.execute("x = 1"), times)
             figures["loop_ms"] = float(np.median(milliseconds(lambda: session.execute(code), 5)))
             calls = milliseconds(lambda: session.execute("for i in range(100): same(i)"), 5)
         figures |= {"session_start_p50_ms": float(np.median(starts)),
                     "session_start_p99_ms": float(np.quantile(starts, 0.99)),
-                    "roundtrip_ms": float(np.median(steps)),
-                    "tool_call_ms": float(np.median(calls) - np.median(steps)) / 100}
+                    "roundtrip_ms": float(np.median(cells)),
+                    "tool_call_ms": float(np.median(calls) - np.median(cells)) / 100}
 
         def trajectory(_):
             with executor.session() as session:
@@ -412,16 +337,14 @@ def bench_executor(args) -> dict:
             start = time.perf_counter()
             assert set(pool.map(trajectory, range(times))) == {"ok"}
             figures["sessions_per_s"] = times / (time.perf_counter() - start)
-            empty, start = tree_pss(executor._zygote.pid), time.perf_counter()
+            zygote = executor.zygote.process.pid
+            empty, start = tree_pss(zygote), time.perf_counter()
             live = list(pool.map(lambda _: executor.session(), range(many)))
             assert {result.status for result in pool.map(lambda s: s.execute("x = 1"), live)} == {"ok"}
-            figures |= {"live_sessions": many, "live_sessions_s": time.perf_counter() - start}
-            time.sleep(1.0)                                 # the keepers of the last steps are gone
-            figures |= {"idle_pss_mb": (tree_pss(executor._zygote.pid) - empty) / many}
+            figures |= {"live_sessions": many, "live_sessions_s": time.perf_counter() - start,
+                        "idle_pss_mb": (tree_pss(zygote) - empty) / many}
             for session in live:
                 session.close()
-    with Executor(args.sandbox, Limits(rollback=False)) as executor, executor.session() as session:
-        figures["roundtrip_without_rollback_ms"] = float(np.median(milliseconds(lambda: session.execute("x = 1"), times)))
     figures |= peers(code)
     for name, value in figures.items():
         print(f"{name:32} {value:10.2f}" if isinstance(value, float) else f"{name:32} {value!s:>10}")
@@ -467,27 +390,28 @@ def machine() -> dict:
 
 def main() -> None:
     parser = OneLineParser(prog="-m scripts.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
-    rooms = parser.add_subparsers(dest="room", required=True)
-    section = rooms.add_parser("executor", help="sessions: start, step, tool call, memory", allow_abbrev=False)
-    section.set_defaults(bench=bench_executor)
-    section.add_argument("--sandbox", choices=("auto", "bwrap", "none"), default="auto")
-    section = rooms.add_parser("rollout", help="the engine against generate per turn", allow_abbrev=False)
-    section.set_defaults(bench=bench_rollout)
-    section.add_argument("--workload", choices=("w", "w2"), default="w", help="w2: longer, closer to GAIA")
-    section.add_argument("--model-config", choices=["small", *QWEN25], default="small", help="its shape")
-    section.add_argument("--vram", type=float, metavar="GB", help="cap the GPU's memory")
-    section = rooms.add_parser("update", help="the update against full logits and one padded batch", allow_abbrev=False)
-    section.set_defaults(bench=bench_update)
-    section.add_argument("--model-config", choices=QWEN25,
-                         help="random weights of that shape instead: memory of each phase beside the plan's")
-    section.add_argument("--vram", type=float, default=24.0, metavar="GB", help="cap the GPU's memory")
-    for section in rooms.choices.values():
-        section.add_argument("--quick", action="store_true", help="a small scale, for CI")
-        section.add_argument("--json", metavar="FILE", help="write the figures there too")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+
+    def add(name: str, bench, text: str):
+        benchmark = benchmarks.add_parser(name, help=text, allow_abbrev=False)
+        benchmark.set_defaults(bench=bench)
+        benchmark.add_argument("--quick", action="store_true", help="a small scale, for CI")
+        benchmark.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, too")
+        return benchmark
+    sessions = add("executor", bench_executor, "sessions: start, execution, tool call, memory")
+    sessions.add_argument("--sandbox", choices=("auto", "bwrap", "none"), default="auto")
+    rollouts = add("rollout", bench_rollout, "the engine against `generate` for each turn")
+    rollouts.add_argument("--workload", choices=("w", "w2"), default="w", help="w2: longer, closer to GAIA")
+    rollouts.add_argument("--model-config", choices=["small", *QWEN25], default="small", help="shape of the model")
+    rollouts.add_argument("--vram", type=float, metavar="GB", help="limit of the GPU's memory")
+    updates = add("update", bench_update, "the update against full logits in one padded batch")
+    updates.add_argument("--model-config", choices=QWEN25, help="instead: random weights of this shape, and the memory "
+                         "of sampling and update beside the plan's")
+    updates.add_argument("--vram", type=float, default=24.0, metavar="GB", help="limit of the GPU's memory")
     args = parser.parse_args()
     figures = args.bench(args) | {"machine": machine()}
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""From published agent data to a train.jsonl, and what it shares with the benchmark.
+"""Makes a train.jsonl of published agent data, and says what it shares with the benchmark.
 
     python -m scripts.data MAT.json --files mat_files/ --gaia-dir GAIA --remove-overlap --out train.jsonl
     python -m scripts.data train.jsonl --gaia-dir GAIA --remove-overlap --out clean.jsonl      # any training data
 
-Owns `read_mat` (question-answer pairs out of MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap`
-(against GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `run`.
+Owns `read_mat` (question-answer pairs from MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap` (with
+GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `make_training_file`.
 
-MAT holds tasks with the trajectory of an agent that solved them; Tool-R1 takes only questions and answers,
-about 1,300 of them. How the paper chose its 1,300 is not known to us: the filters here are ours, and each
-counts what it drops. Before you publish a GAIA figure: MAT's generator was prompted with questions of GAIA's
-validation set.
+MAT holds tasks, each with the trajectory of an agent that solved it. Tool-R1 takes only questions and answers, about
+1,300 of them. We do not know how the paper chose its 1,300: the filters here are ours, and each of them counts what
+it drops. Before you publish a GAIA figure: the generator of MAT was prompted with questions of GAIA's validation set.
 """
 import sys
 
@@ -29,36 +28,37 @@ from pathlib import Path
 from reward import clean
 from tasks import Task, read_gaia, read_jsonl, read_rows
 from machinery.cli import OneLineParser, UserError, exit_status
-from machinery.web import ngrams
+from machinery.text import ngrams
 
 VOLATILE = re.compile(
-    r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|"
-    r"real[- ]time|(?:this|last|next) (?:year|month|week|season)|weather|stock price|exchange rate)\b",
-    re.IGNORECASE)
+    r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|real[- ]time|"
+    r"(?:this|last|next) (?:year|month|week|season)|weather|stock price|exchange rate)\b", re.IGNORECASE)
 ATTACHED = re.compile(r"^(?:attachments?|attached files?|files?|images?)\s*:\s*(.+)$", re.I | re.M)
-LONGEST_ANSWER = 60                              # characters: what a rule or a short look can check
+LONGEST_ANSWER = 60                              # characters; longer ones are hard to judge
 MAT_PAIRS = 1300                                 # the paper's number
 
 
 # -------------------------------------------------------------------------------------------------------- MAT
 class Dropped(Exception):
-    """A record that gives no training pair; its text is the reason that is counted."""
+    """Raised for a record that gives no training pair. Its text is the reason, under which the record is counted."""
 
 
-def turns_of(record: dict) -> list[tuple[str, str]]:
-    """(role, text) of a conversation in either of the two common spellings; role: agent, user or system."""
-    turns = record.get("conversations") or record.get("messages") or []
-    names = {"assistant": "agent", "gpt": "agent", "user": "user", "human": "user", "system": "system"}
-    return [(names.get(t.get("role") or t.get("from"), "user"), str(t.get("content") or t.get("value") or ""))
-            for t in turns]
+def messages_of(record: dict) -> list[tuple[str, str]]:
+    """(role, text) of each message, for both common forms of a conversation; role: agent, user or system."""
+    roles = {"assistant": "agent", "gpt": "agent", "user": "user", "human": "user", "system": "system"}
+    messages = []
+    for message in record.get("conversations") or record.get("messages") or []:
+        role = roles.get(message.get("role") or message.get("from"), "user")
+        messages.append((role, str(message.get("content") or message.get("value") or "")))
+    return messages
 
 
-def answer_of(record: dict, turns: list[tuple[str, str]]) -> str:
-    """A field of its own, else the constant in the last final_answer(...) of the agent's code."""
+def answer_of(record: dict, messages: list[tuple[str, str]]) -> str:
+    """The record's field for the answer; without one, the constant in the agent's last final_answer(...)."""
     for key in ("answer", "final_answer", "Final answer"):
         if isinstance(record.get(key), (str, int, float)) and not isinstance(record[key], bool):
             return str(record[key]).strip()
-    calls = re.findall(r"final_answer\((.*)\)", "\n".join(text for role, text in turns if role == "agent"))
+    calls = re.findall(r"final_answer\((.*)\)", "\n".join(text for role, text in messages if role == "agent"))
     if not calls:
         raise Dropped("no answer")
     try:
@@ -69,10 +69,9 @@ def answer_of(record: dict, turns: list[tuple[str, str]]) -> str:
 
 
 def files_of(record: dict, question: str, folder: Path) -> dict[str, Path]:
-    """name -> file, for the record's images and what its question attaches. Dropped if one is not there."""
-    listed = record.get("files") or record.get("image") or []
-    listed = listed.values() if isinstance(listed, dict) else [listed] if isinstance(listed, str) else listed
-    names = list(listed)
+    """name -> file, for the record's images and for what its question attaches. Dropped if one is missing."""
+    listed = record.get("files") or record.get("image") or []       # one name, a list, or a dict of names
+    names = [listed] if isinstance(listed, str) else list(listed.values() if isinstance(listed, dict) else listed)
     for line in ATTACHED.findall(question):
         names += [part.strip() for part in re.split("[,;]", line) if part.strip()]
     files = {}
@@ -81,33 +80,33 @@ def files_of(record: dict, question: str, folder: Path) -> dict[str, Path]:
         if not found:
             raise Dropped("file missing")
         if files.setdefault(found[0].name, found[0]) != found[0]:
-            raise Dropped("two files of one name")
+            raise Dropped("two files with one name")
     return files
 
 
 def pair_of(record: dict, folder: Path) -> Task:
     """The training task in one record. Raises Dropped with the reason if there is none."""
-    turns = turns_of(record)
-    asked = record.get("question") or next((text for role, text in turns if role == "user"), "")
+    messages = messages_of(record)
+    user = [text for role, text in messages if role == "user"]     # the question, then what the agent observed
+    asked = record.get("question") or next(iter(user), "")
     asked = re.sub(r"<image[\w ]*>(?:</image>)?", "", asked)
     question = ATTACHED.sub("", re.split(r"\bTask:\s*", asked)[-1]).strip()
     if not 15 <= len(question) <= 2000:
         raise Dropped("no question")
-    answer = answer_of(record, turns)
+    answer = answer_of(record, messages)
     if not answer or len(answer) > LONGEST_ANSWER or "\n" in answer:
         raise Dropped("answer not short")
     if VOLATILE.search(question):
         raise Dropped("time-volatile")
-    observed = clean(" ".join([text for role, text in turns if role == "user"][1:]))
-    whole = rf"(?<!\w)(?<!\d[.,]){re.escape(clean(answer))}(?!\w|[.,]\d)"    # a 3 is not in 13 or 3.5
-    if turns and not re.search(whole, observed):
-        raise Dropped("answer not verified")    # it stands in nothing that the agent saw: perhaps made up
+    whole = rf"(?<!\w)(?<!\d[.,]){re.escape(clean(answer))}(?!\w|[.,]\d)"    # 13 and 3.5 hold no 3
+    if messages and not re.search(whole, clean(" ".join(user[1:]))):
+        raise Dropped("answer not verified")    # the agent observed it nowhere: perhaps it is made up
     files = files_of(record, asked, folder)
     return Task(str(record.get("id") or record.get("task_id") or ""), question, answer, files, "1", "mat")
 
 
 def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
-    """(tasks, dropped by reason) of a MAT / MM-Traj file, a JSON list or one record a line, without duplicates."""
+    """(tasks, dropped records per reason) of a MAT / MM-Traj file: a JSON list, or one record per line."""
     try:
         text = file.read_text("utf-8")
         records = json.loads(text) if text.lstrip().startswith("[") else [row for _, row in read_rows(file)]
@@ -135,13 +134,13 @@ def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
 
 # ------------------------------------------------------------------------------------------ overlap with GAIA
 def entities(text: str) -> set[str]:
-    """Names and numbers: capitalised words that do not begin a sentence, and everything with a digit."""
+    """Names and numbers: capitalised words that do not begin a sentence, and words with a digit."""
     names = re.findall(r"(?<![.?!:] )(?<!^)\b[A-Z][\w'-]+", text)
     return {w.lower() for w in names} | set(re.findall(r"\b\w*\d\w*\b", text.lower()))
 
 
 def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
-    """task id -> why it may give the exam away: a shared 8-gram, or nearly the same names, or the same answer."""
+    """task id -> why it may reveal a question of `exam`: an 8-gram, almost the same names, or answer and a name."""
     exam_grams = {gram: e.id for e in exam for gram in ngrams(e.question)}
     known = [(e.id, entities(e.question), clean(e.answer)) for e in exam]
     flagged: dict[str, list[str]] = {}
@@ -152,8 +151,7 @@ def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
             shared = mine & theirs
             if len(shared) >= 3 and len(shared) >= 0.5 * len(mine | theirs):
                 reasons.add(f"entities of {exam_id}")
-            telling = len(answer) > 3 and answer not in ("true", "false", "none")
-            if telling and answer == exam_answer and shared:
+            if shared and answer == exam_answer and len(answer) > 3 and answer not in ("true", "false", "none"):
                 reasons.add(f"answer and an entity of {exam_id}")
         if reasons:
             flagged[task.id] = sorted(reasons)
@@ -168,60 +166,59 @@ def line_of(task: Task, folder: Path) -> str:
 
 
 def is_ours(file: Path) -> bool:
-    """Whether a file is in the format of train.jsonl already."""
+    """Whether a file has the format of train.jsonl already."""
     try:
-        first = next((r for r in file.read_text("utf-8").splitlines() if r.strip()), "")
+        first = file.read_text("utf-8").strip().split("\n")[0]
         return file.suffix == ".jsonl" and {"id", "question", "answer"} <= set(json.loads(first))
-    except (ValueError, TypeError):    # no JSON, no UTF-8, no object: what is wrong, its reader says
+    except (ValueError, TypeError):    # no JSON, no UTF-8, no object: read_mat will say what is wrong
         return False
 
 
-def run(args) -> None:
-    """Read, choose, check, write; print what was dropped and why."""
+def make_training_file(args) -> None:
+    """Read, check, choose, write; print what was dropped and why."""
     if not args.data.is_file():
         raise UserError(f"{args.data}: no such file")
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already, and nothing is overwritten")
+    if args.remove_overlap and not args.gaia_dir:
+        raise UserError("--remove-overlap needs --gaia-dir")
     if is_ours(args.data):
         tasks, dropped, n = read_jsonl(args.data), Counter(), args.n or 0
     else:
         tasks, dropped = read_mat(args.data, args.files or args.data.parent)
         n = MAT_PAIRS if args.n is None else args.n
-    total = len(tasks) + dropped.total()
+    records = len(tasks) + dropped.total()
     flagged = overlap(tasks, read_gaia(args.gaia_dir)) if args.gaia_dir else {}
     if args.remove_overlap:
-        if not args.gaia_dir:
-            raise UserError("--remove-overlap needs --gaia-dir")
         dropped["overlap with GAIA"] = len(flagged)
         tasks = [t for t in tasks if t.id not in flagged]
     if len(tasks) > n > 0:
         dropped["beyond --n"] = len(tasks) - n
         tasks = random.Random(args.seed).sample(tasks, n)
     if not tasks:
-        raise UserError(f"{args.data}: nothing is left of {total} records: {dict(dropped)}")
+        raise UserError(f"{args.data}: nothing is left of {records} records: {dict(dropped)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("".join(line_of(t, args.out.resolve().parent) for t in tasks), "utf-8")
-    report = {"source": str(args.data), "seed": args.seed, "read": total, "kept": len(tasks),
+    report = {"source": str(args.data), "seed": args.seed, "read": records, "kept": len(tasks),
               "dropped": dropped, "flagged": flagged, "ids": [t.id for t in tasks]}
     Path(f"{args.out}.report.json").write_text(json.dumps(report, indent=1))
-    print(f"{total} records read, {len(tasks)} kept -> {args.out}")
+    print(f"{records} records read, {len(tasks)} kept -> {args.out}")
     for reason, count in dropped.most_common():
         print(f"  dropped {count:6d}  {reason}")
-    checked = f"{len(flagged)} share something with GAIA" if args.gaia_dir else "not checked against GAIA"
-    removed = ", removed" if args.remove_overlap else ""
-    print(f"  {checked}{removed}; ids and reasons in {args.out}.report.json")
+    shared = f"{len(flagged)} share something with GAIA" if args.gaia_dir else "not checked against GAIA"
+    print(f"  {shared}{', removed' if args.remove_overlap else ''}; ids and reasons in {args.out}.report.json")
 
 
 def main(argv=None) -> int:
-    p = OneLineParser(prog="-m scripts.data", allow_abbrev=False, description="Published agent data -> train.jsonl")
-    p.add_argument("data", type=Path, help="a MAT / MM-Traj JSON file, or a train.jsonl to be checked")
-    p.add_argument("--files", type=Path, help="folder of MAT's images and files; default: beside the JSON")
+    p = OneLineParser(prog="-m scripts.data", allow_abbrev=False, description="Make a train.jsonl of agent data.")
+    p.add_argument("data", type=Path, help="a JSON file of MAT / MM-Traj, or a train.jsonl to be checked")
+    p.add_argument("--files", type=Path, help="folder with MAT's images and files; default: where the JSON is")
     p.add_argument("--out", type=Path, default=Path("train.jsonl"))
-    p.add_argument("--n", type=int, help=f"at most so many, by --seed; 0: all; default: {MAT_PAIRS} of MAT, else all")
+    p.add_argument("--n", type=int, help=f"at most N tasks, by --seed; 0: all; default: {MAT_PAIRS} of MAT, else all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--gaia-dir", help="check against this copy of GAIA's validation split")
     p.add_argument("--remove-overlap", action="store_true", help="leave out what the check flags")
-    return exit_status(lambda: run(p.parse_args(argv)))
+    return exit_status(lambda: make_training_file(p.parse_args(argv)))
 
 
 if __name__ == "__main__":

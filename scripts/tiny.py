@@ -1,20 +1,22 @@
-"""The built-in tiny model: half a million parameters that write valid code and are mostly wrong.
+"""Builds the built-in tiny model: half a million parameters. It writes valid code, and its answers are mostly wrong.
 
-    python -m scripts.tiny --out tiny --seed 0        # what made ./tiny; about nine minutes on one core
+    python -m scripts.tiny --out tiny --seed 0        # this made ./tiny; about nine minutes on one core
 
-Owns the recipe of ./tiny: its tokenizer, copy pretraining, and a warm start by supervised learning on
-demonstrations that are imperfect on purpose, so that reinforcement learning has something to find.
+Owns the recipe of ./tiny: its tokenizer, pretraining on copying, and supervised learning on demonstrations that are
+imperfect on purpose, so that reinforcement learning finds something to improve.
 
 Reading order: DEMOS -> demonstrate -> build_tokenizer, build_model -> the two kinds of batches -> train.
 
-* The most common demonstration of every family is wrong (another field, a forgotten conversion, a skipped
-  step), and a third are right. The thought is the same in all: the choice falls in the code.
-* In no core family the common wrong way swaps two copied words (source and target unit): about as often
-  right as swapped, the two are never told apart, and so small a model cannot learn it from outcomes.
-* Observations are real: the demonstration's code runs, in this process, as it is our own. Tokens are put
-  together as the rollout does it, turn by turn, and the loss is on the policy's tokens only.
-* Every demonstration has fresh names of the training side of the world: a small pool is learned by heart.
-  Copying is the slow skill, so it is begun before, on random tokens.
+* For every family, half of the demonstrations show one common mistake (another field, a forgotten conversion, a
+  skipped turn), a third are right, and the rest show a rare mistake. The thought is the same in all of them: the
+  model decides in the code.
+* In the core families, the common mistake never swaps two words that are copied from the question (such as source
+  and target unit): the model would write both orders equally often, and a model of this size cannot learn from
+  outcomes alone which order is right.
+* Observations are real: the code of a demonstration runs, in this process, because it is our own code. Tokens are
+  put together turn by turn, as the rollout does it, and the loss is on the tokens of the policy only.
+* Every demonstration has new names, from the training side of the world: a model would learn a small set of names
+  by heart. Copying is learned slowly, so training begins with it, on random tokens.
 """
 import sys
 
@@ -36,28 +38,28 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from executor import CellResult
 from policy import TINY
 from rollout import Chat, build_prompt
-from tasks import BUILTIN_TOOLS, Task, draw
+from tasks import BUILTIN_TOOLS, Task, make_question
 from machinery.cli import OneLineParser, UserError, exit_status
 
+STYLE, OBSERVATION_TOKENS = TINY.prompt, TINY.settings["observation_tokens"]     # the model knows its own preset alone
 VOCABULARY = 768
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-# BPE merges inside these pieces only. A name has the same tokens, its syllables, wherever it stands.
+# BPE merges inside these pieces only, so a name has the same tokens everywhere: its syllables.
 NAME = r"[A-Z][aeiou]|(?<=[A-Z][aeiou])[a-z]{2}|(?<=[A-Z][aeiou][a-z]{2})[a-z]{2}"
 MARKS = r" ?[^\sA-Za-z\d_`]+(?: [^\sA-Za-z\d_`]+)*\n?"
 PIECES = rf"\n?```(?:python\n)?|{NAME}| ?[a-z_]+|[A-Z][a-z]*|\d|{MARKS}|\s"
 
 # --------------------------------------------------------------------------------------------- demonstrations
-SHARES = (0.34, 0.50, 0.16)      # of the right way, the common wrong way and the rare wrong way
+SHARES = (0.34, 0.50, 0.16)      # of the ways: right, the common mistake, the rare mistake
 ROWS = 'import csv\nrows = list(csv.DictReader(open("shop.csv")))\n'
 CELL = 'final_answer([r["%s"] for r in rows if r["item"] == "{name}"][0])'
 OVER = 'final_answer(%s(int(r["{%s}"]) for r in rows))'
-DAYS = ('from datetime import date\n'
-        'final_answer((date.fromisoformat("{%s}") - date.fromisoformat("{%s}")).days)')
+DAYS = 'from datetime import date\nfinal_answer((date.fromisoformat("{%s}") - date.fromisoformat("{%s}")).days)'
 LIST = 'names = ["{name0}", "{name1}", "{name2}"]\n[lookup(n, "population") for n in names]'
 GUESS = "final_answer({guess})"
-# family: a tuple a step: thought, code of the right, the common wrong and the rare wrong way; a lone code
-# stands for all three. A way is chosen once a demonstration. {slots} are the task's or the code's variables.
+# family: one tuple per turn: the thought, then the code of the three ways: right, the common mistake, the rare one.
+# A single code serves all three. One way per demonstration. {slots}: of the question, or variables of the code.
 DEMOS = {
     "lookup": [("look it up", 'final_answer(lookup("{name}", "{field}"))',
                 'final_answer(lookup("{name}", "{other}"))', GUESS)],
@@ -65,14 +67,12 @@ DEMOS = {
                  "final_answer({value})", 'final_answer(convert({value}, "{target}", "{source}"))')],
     "column": [("read the row", ROWS + CELL % "{column}", ROWS + CELL % "item", GUESS)],
     "total": [("read the table", ROWS + "rows[0]"),
-              ("add the column", OVER % ("sum", "column"), OVER % ("max", "column"),
-               OVER % ("sum", "other"))],
+              ("add the column", OVER % ("sum", "column"), OVER % ("max", "column"), OVER % ("sum", "other"))],
     "twin": [("find the twin", 'town = lookup("{name}", "twin")\ntown'),
              ("look it up", 'final_answer(lookup(town, "{field}"))',
               'final_answer(lookup("{name}", "{field}"))', "final_answer(town)")],
     "tower": [("find the height", 'h = lookup("{name}", "tower")\nh'),
-              ("give the height", 'final_answer(convert(h[0], "{h[1]}", "{unit}"))', "final_answer(h[0])",
-               GUESS)],
+              ("give the height", 'final_answer(convert(h[0], "{h[1]}", "{unit}"))', "final_answer(h[0])", GUESS)],
     "mayor": [("find the mayor", *['s = search("mayor of {name}")\ns'] * 2, 's = search("{name}")\ns'),
               ("look it up", 'final_answer(lookup("{s:.9}", "born"))',      # "Mira Kobe is the mayor of ..."
                'final_answer(lookup("{s:.9}", "home"))', GUESS)],
@@ -87,14 +87,14 @@ DEMOS = {
 
 
 def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[list[int], list[int]]:
-    """Ids and mask (1 = the policy's) of a demonstration on a new training task. way: 0 (right), 1 or 2."""
-    drawn, answers = draw(family, "train", rng), []
-    task = Task("", drawn.question, str(drawn.answer), drawn.files)
-    ids = list(build_prompt(chat, task, BUILTIN_TOOLS, TINY.prompt))
+    """Ids and mask (1 = the policy wrote it) of a demonstration on a new training task; way: 0 (right), 1 or 2."""
+    question, answers = make_question(family, "train", rng), []
+    task = Task("", question.text, str(question.answer), question.files)
+    ids = list(build_prompt(chat, task, BUILTIN_TOOLS, STYLE))
     mask = [0] * len(ids)
-    slots = drawn.slots | {"guess": rng.randrange(100, 1000)}
+    slots = question.slots | {"guess": rng.randrange(100, 1000)}
     space = {tool.name: tool.function for tool in BUILTIN_TOOLS}
-    space |= {"final_answer": answers.append, "open": lambda name: io.StringIO(drawn.files[name].decode())}
+    space |= {"final_answer": answers.append, "open": lambda name: io.StringIO(task.files[name].decode())}
     for thought, *codes in DEMOS[family]:
         code = codes[way if len(codes) > 1 else 0].format(**space | slots)
         turn = chat.encode(f"Thought: {thought}.\n```python\n{code}\n```")
@@ -104,10 +104,10 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
         value = eval(last, space)
         if not answers:
             result = CellResult("ok", value=repr(value))
-            glue = chat.between(chat.observation(result.observation(), TINY.settings["observation_tokens"]), turn[-1])
-            ids, mask = ids + glue, mask + [0] * len(glue)
+            forced = chat.between(chat.observation(result.observation(), OBSERVATION_TOKENS), turn[-1])
+            ids, mask = ids + forced, mask + [0] * len(forced)
     right = str(answers[0]) == task.answer
-    if right != (way == 0):     # a wrong way that happens to be right
+    if right != (way == 0):     # a mistake that gives the right answer by chance: take another task
         return demonstrate(chat, family, rng, way)
     return ids, mask
 
@@ -129,7 +129,7 @@ def byte_pairs(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Learned from demonstrations, which bytes alone (a vocabulary of 259) are enough to write."""
+    """Learned from demonstrations. Their text comes from a tokenizer of bytes alone (a vocabulary of 259)."""
     rng, chat = random.Random(f"tokenizer-{seed}"), Chat(byte_pairs([], 259))
     texts = [chat.tokenizer.decode(demonstrate(chat, family, rng, way)[0], skip_special_tokens=True)
              for _ in range(200) for family in DEMOS for way in range(3)]
@@ -137,8 +137,8 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
-    """Random weights. Not of type qwen2: AutoTokenizer then splits text in Qwen's own way, whatever the
-    tokenizer's file says, and the model writes nonsense. 384 in the MLP, as NF4 wants multiples of 64."""
+    """Random weights. Its type is not qwen2: for that type AutoTokenizer splits text in Qwen's way, whatever the
+    tokenizer's file says, and the model would write nonsense. The MLP has 384 units: NF4 needs multiples of 64."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=2,
@@ -149,7 +149,7 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
 
 # --------------------------------------------------------------------------------------------------- training
 def copy_batches(rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (32, 64) ids and mask: random tokens with a random period; the mask is 1 where they repeat."""
+    """Ids and mask, (32, 64) each, without end: random tokens with a random period; mask 1 where they repeat."""
     while True:
         periods = [rng.randrange(4, 32) for _ in range(32)]
         once = [[rng.randrange(3, VOCABULARY) for _ in range(p)] for p in periods]
@@ -158,25 +158,25 @@ def copy_batches(rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 
 def demonstration_batches(chat: Chat, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (32, T) ids and mask. 8 batches are drawn at once: rows of like length come together."""
+    """Ids and mask, (32, T) each, without end. Made for 8 batches at a time, so that one batch has similar lengths."""
     while True:
-        drawn = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0])
-                 for _ in range(256)]
-        drawn.sort(key=lambda d: len(d[0]))
+        made = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0]) for _ in range(256)]
+        made.sort(key=lambda ids_mask: len(ids_mask[0]))
         for start in rng.sample(range(0, 256, 32), 8):
-            rows = drawn[start:start + 32]
+            rows = made[start:start + 32]
             longest = len(rows[-1][0])
-            padded = [[part + [0] * (longest - len(part)) for part in row] for row in rows]
-            yield tuple(torch.tensor([row[i] for row in padded]) for i in (0, 1))
+            ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])           # (32, T)
+            yield ids, torch.tensor([mask + [0] * (longest - len(mask)) for _, mask in rows])
 
 
 def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0, decay: float = 0.0) -> None:
-    """AdamW until the mean loss is below `enough`, at most `steps`; in the last share `decay` lr falls."""
+    """AdamW for at most `steps` steps; ends when the mean loss is below `enough`. In the last share `decay` of the
+    steps the learning rate falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     began, average = time.process_time(), 7.0
     for step, (ids, mask) in zip(range(steps), batches):
-        left = (steps - step) / (decay * steps) if decay else 1.0
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, left, 1.0)
+        falling = (steps - step) / (decay * steps) if decay else 1.0
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, falling, 1.0)
         logits = model(ids[:, :-1]).logits                      # (B, T - 1, V)
         chosen = mask[:, 1:].bool()                             # (B, T - 1)
         loss = F.cross_entropy(logits[chosen], ids[:, 1:][chosen])
@@ -186,8 +186,8 @@ def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0,
         optimizer.step()
         average += 0.05 * (loss.item() - average)
         if step % 100 == 99 or average < enough:
-            spent = time.process_time() - began
-            print(f"{name} {step + 1}/{steps} loss {average:.3f} {spent:.0f} CPU-s", flush=True)
+            seconds = time.process_time() - began
+            print(f"{name} {step + 1}/{steps} loss {average:.3f} {seconds:.0f} CPU-s", flush=True)
         if average < enough:
             return
 
@@ -196,12 +196,12 @@ def main() -> None:
     parser = OneLineParser(prog="-m scripts.tiny", description="Rebuild the built-in model.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--copy-steps", type=int, default=1500, help="at most; ends when copying is learned")
-    parser.add_argument("--steps", type=int, default=2000, help="on demonstrations")
+    parser.add_argument("--copy-steps", type=int, default=1500, help="at most; copying ends once it is learned")
+    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps on demonstrations")
     args = parser.parse_args()
     if args.out.exists():
-        raise UserError(f"{args.out} exists; move it away first, or name another folder with --out")
-    torch.set_num_threads(1)        # fastest for so small a model
+        raise UserError(f"--out {args.out} exists already: name another folder, or move it away first")
+    torch.set_num_threads(1)        # the fastest for a model of this size
     tokenizer, model = build_tokenizer(args.seed), build_model(args.seed)
     chat, rng = Chat(tokenizer), random.Random(f"tiny-{args.seed}")
     train(model, copy_batches(rng), "copying", args.copy_steps, 3e-3, enough=0.25)

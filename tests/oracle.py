@@ -1,8 +1,8 @@
-"""The naive way to sample, as short as it goes: `generate` for every turn, from the first token on again.
+"""The naive way to sample, as short as it goes: `generate` for every turn, always from the first token.
 
-The oracle that `rollout.Engine` is tested and measured against. It takes the same episodes, so the protocol
-is the same; only the generation differs: batches padded on the left, the history forwarded again every turn,
-and everybody waits for the slowest row and for the slowest tool.
+The engine is tested and measured against this oracle. It takes the same episodes, so the protocol is the same. Only
+the generation differs: batches are padded on the left, the history is forwarded again in every turn, and all rows
+wait for the slowest row and for the slowest tool.
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,11 +11,11 @@ from transformers import GenerationConfig, StoppingCriteria
 
 
 class TurnEnds(StoppingCriteria):
-    """Stops row i once its episode says that the turn has ended, or at its limit."""
+    """Stops row i when its episode says that the turn has ended, or at the limit of its tokens."""
 
     def __init__(self, episodes, limits, watch, start):
         self.episodes, self.limits, self.watch, self.start = episodes, limits, watch, start
-        self.lengths = [0] * len(episodes)   # of the turns that ended
+        self.lengths = [0] * len(episodes)   # of the turns that have ended; 0: goes on
 
     def __call__(self, input_ids, scores, **_):                                     # (B, start + n)
         n = input_ids.shape[1] - self.start
@@ -33,7 +33,7 @@ def one_turn(model, rows: list[list[int]], episodes, limits, watch, temperature)
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=model.device)               # (B, T)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)   # (B, T)
     ends = TurnEnds(episodes, limits, watch, width)
-    how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}     # top_k is 50 else
+    how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}     # default top_k: 50
     config = GenerationConfig(max_new_tokens=max(limits), pad_token_id=0, **how)
     config.eos_token_id = None
     out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[ends])
@@ -41,7 +41,7 @@ def one_turn(model, rows: list[list[int]], episodes, limits, watch, temperature)
 
 
 def oracle(model, episodes: list, context: int, temperature: float, watch, batch: int):
-    """Yields (episode, ids, mask) for each; `batch` trajectories at a time."""
+    """Yields (episode, ids, mask) of each trajectory; samples `batch` of them at a time."""
     for begin in range(0, len(episodes), batch):
         alive = episodes[begin:begin + batch]
         ids = {e: list(e.prompt) for e in alive}
@@ -52,8 +52,8 @@ def oracle(model, episodes: list, context: int, temperature: float, watch, batch
             for e, turn in zip(alive, turns):
                 ids[e] += turn
                 mask[e] += [1] * len(turn)
-                cut = "context_limit" if len(ids[e]) == context else "length"
-                e.close_turn(turn, "" if e.ended(turn) else cut)
+                limit = "context_limit" if len(ids[e]) == context else "length"
+                e.close_turn(turn, "" if e.ended(turn) else limit)
             with ThreadPoolExecutor(len(alive)) as pool:
                 results = list(pool.map(lambda e: e.act(), alive))
             going = []

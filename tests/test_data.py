@@ -1,4 +1,4 @@
-"""data.py and the GAIA reader of tasks.py: what is kept of published data, and what is dropped, by hand-made files."""
+"""scripts/data.py and the GAIA reader of tasks.py: what is kept of published data and what is dropped."""
 import json
 import os
 import subprocess
@@ -24,7 +24,7 @@ def record(question="How many red cars are in the picture?", answer="final_answe
         {"role": "assistant", "content": f"Code:\n```py\n{answer}\n```"}], **more}
 
 
-def test_a_pair_out_of_a_conversation(tmp_path):
+def test_a_pair_from_a_conversation(tmp_path):
     (tmp_path / "car.jpg").write_bytes(b"x")
     task = pair_of(record(image="data/images/car.jpg"), tmp_path)
     assert task == Task("m1", "How many red cars are in the picture?", "3", {"car.jpg": tmp_path / "car.jpg"}, "1",
@@ -72,7 +72,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_a_training_file_is_checked_whole(tmp_path, capsys):
-    """--n is for MAT: whoever has his own data checked wants all of it back."""
+    """--n limits what is taken of MAT: all of the user's own data comes back, unless --n is given."""
     (tmp_path / "own.jsonl").write_text("".join(
         json.dumps({"id": i, "question": f"What is {i} plus {i}?", "answer": 2 * i}) + "\n" for i in range(1400)))
     assert data.main([str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "all.jsonl")]) == 0
@@ -157,10 +157,11 @@ def test_the_one_command(tmp_path):
     records += [record(question="Who plays Hedda in what Greta Lind made in Oslo in 1987?", id="leak")]
     (tmp_path / "mat.json").write_text(json.dumps(records))
 
-    def run(out, *flags):
-        return subprocess.run([sys.executable, "-m", "scripts.data", "mat.json", "--files", "files", "--out", out, *flags],
-                              cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    done = run("train.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap")
+    def make(out, *flags):
+        command = [sys.executable, "-m", "scripts.data", "mat.json", "--files", "files", "--out", out, *flags]
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                              text=True)
+    done = make("train.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap")
     assert done.returncode == 0, done.stderr
     assert "21 records read, 6 kept" in done.stdout and "1 share something with GAIA, removed" in done.stdout
     tasks, report = read_jsonl(tmp_path / "train.jsonl"), json.loads((tmp_path / "train.jsonl.report.json").read_text())
@@ -168,12 +169,12 @@ def test_the_one_command(tmp_path):
     assert report["flagged"] == {"leak": ["entities of g2"]}
     assert tasks[0].files == {"car.jpg": (tmp_path / "files" / "car.jpg").resolve()}
     assert report["dropped"]["time-volatile"] == 2 and report["dropped"]["beyond --n"] == 4 and report["read"] == 21
-    assert run("again.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap").returncode == 0
+    assert make("again.jsonl", "--n", "6", "--gaia-dir", "gaia", "--remove-overlap").returncode == 0
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "train.jsonl").read_text()
-    again = run("train.jsonl")
+    again = make("train.jsonl")
     assert again.returncode == 2
     assert again.stderr == "error: --out train.jsonl exists already, and nothing is overwritten\n"
-    assert run("x.jsonl", "--remove-overlap").returncode == 2 and not (tmp_path / "x.jsonl").exists()
+    assert make("x.jsonl", "--remove-overlap").returncode == 2 and not (tmp_path / "x.jsonl").exists()
     clean = str(tmp_path / "clean.jsonl")
     assert data.main([str(tmp_path / "train.jsonl"), "--gaia-dir", str(tmp_path / "gaia"), "--out", clean]) == 0
     assert read_jsonl(tmp_path / "clean.jsonl") == tasks

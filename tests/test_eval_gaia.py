@@ -1,4 +1,4 @@
-"""eval_gaia.py: the figures by hand, and whole runs with the built-in model: killed, resumed, compared, refused."""
+"""eval_gaia.py: figures checked by hand; evaluations with the built-in model, killed, resumed, compared, refused."""
 import json
 import os
 import signal
@@ -14,11 +14,13 @@ import pytest
 
 import eval_gaia
 from chat_server import Server
-from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, mcnemar,
-                       paired_bootstrap, parse_args, pass_at_k, read_records, record_of, summary, vote, wilson)
+from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, parse_args, read_records,
+                       record_of, summary, vote)
+from gaia_folder import export_gaia
+from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from reward import Judge
 from rollout import Sampling, Turn, Trajectory
-from tasks import Task, builtin_tasks, export_gaia, read_gaia
+from tasks import Task, builtin_tasks, read_gaia
 from machinery.cli import UserError
 from tools import Call, load_tools, open_web
 
@@ -71,7 +73,8 @@ def rec(task, sample=0, official=False, answer="x", level="1", attachment="none"
 
 
 def test_summary_by_hand():
-    records = [rec("a", official=True, llm=True), rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
+    records = [rec("a", official=True, llm=True),
+               rec("b", answer=None, level="2", attachment=".csv", category="step_limit"),
                rec("c", official=True, level="2", attachment=".pdf"),
                rec("d", level="3", heuristic="unsure", llm=True)]
     s = summary(records, 1)
@@ -84,7 +87,7 @@ def test_summary_by_hand():
     assert s["categories"] == {"right": 2, "step_limit": 1, "wrong": 1}
 
 
-def test_the_llm_is_an_opinion_on_every_answer_of_its_own():
+def test_the_llm_judges_every_answer_beside_the_other_judges():
     task = Task("t", "Who?", "Charles Darwin")
     answers = ["Charles Darwin", "Newton", "Darwin", None]
     with Server(lambda said: "VERDICT: " + ("IN" * ("Newton" in said[1]["content"])) + "CORRECT") as server:
@@ -140,7 +143,7 @@ WAYS = {
 
 @pytest.mark.parametrize("category", WAYS)
 def test_what_became_of_a_trajectory(category):
-    assert category_of(Task("t", "q", "17"), *WAYS[category]) == category
+    assert category_of(*WAYS[category]) == category
 
 
 def test_chunks_never_hold_a_question_twice():
@@ -177,18 +180,18 @@ def test_the_preflight_counts_web_calls(tmp_path, monkeypatch, capsys):
     for spec, wanted in [("record", "about 36 if every turn makes one (6 trajectories of 6 turns)"),
                          ("replay", "none")]:
         web = open_web(spec)
-        announce(Evaluation(SimpleNamespace(name="m"), tasks, load_tools("web", web), [], web, None,
-                            Sampling(max_turns=6), 2, 0, tmp_path), "gaia", "none")
+        announce(Evaluation(parse_args(["--gaia-dir", "GAIA", "--samples", "2"]), tasks, SimpleNamespace(name="m"),
+                            load_tools("web", web), [], web, None, Sampling(max_turns=6)), "none")
         out = capsys.readouterr().out
         assert f"  web calls: {wanted}\n" in out
         assert "  web_search   live\n" in out and "  ask_image    left out: " in out
 
 
-def test_a_line_cut_by_a_kill_is_no_record(tmp_path):
+def test_half_a_line_left_by_a_kill_is_no_record(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": 2, "tr')
     assert read_records(file) == [{"a": 1}] and read_records(tmp_path / "none") == []
-    assert read_records(file, cut=True) == [{"a": 1}] and file.read_text() == json.dumps({"a": 1}) + "\n"
+    assert read_records(file, repair=True) == [{"a": 1}] and file.read_text() == json.dumps({"a": 1}) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -207,18 +210,18 @@ def gaia(folder, n=12):
 
 
 def test_killed_in_the_middle_and_resumed(here):
-    """kill -9 once something is on file: the same command does the rest, and nothing twice."""
+    """kill -9 once the first records are written: the same command does the rest, and nothing twice."""
     tasks = gaia(here / "GAIA", 90)
     command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev",
                "--export"]
     file = here / "ev" / "trajectories.jsonl"
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.time() + 200
-    while not (file.exists() and file.stat().st_size) and run.poll() is None and time.time() < deadline:
+    while not (file.exists() and file.stat().st_size) and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
-    assert run.poll() is None, run.stderr.read()
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     before = read_records(file)
     assert 0 < len(before) < 90 and not (here / "ev" / "results.json").exists()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -237,7 +240,7 @@ def test_killed_in_the_middle_and_resumed(here):
     assert len(saved["ids"]) == len(saved["mask"]) and saved["steps"][0]["code"]
 
 
-def test_offline_set_and_settings_moved_aside(here, capsys):
+def test_built_in_tasks_and_an_evaluation_with_other_settings_moved_aside(here, capsys):
     assert main(["--limit", "6", "--samples", "2", "--out", "ev"]) == 0
     out = capsys.readouterr().out
     assert "NOT GAIA" in out and "pass@2" in out and "maj@2" in out and "Wilson" in out
@@ -254,7 +257,7 @@ def test_offline_set_and_settings_moved_aside(here, capsys):
     assert main(["--compare", "ev.1", "ev"]) == 0 and '"mcnemar_p"' in capsys.readouterr().out
 
 
-def test_a_checkpoint_brings_its_settings(here, capsys):
+def test_the_settings_of_training_are_used_for_its_checkpoint(here, capsys):
     import torch
     from policy import load_policy, save_adapter
     policy = load_policy("tiny", seed=1)
@@ -278,12 +281,12 @@ def test_a_checkpoint_brings_its_settings(here, capsys):
     assert main(["--limit", "6", "--out", "base"]) == 0
     base = read_records(here / "base" / "trajectories.jsonl")
     assert [r["trajectory"]["ids"] for r in base] != [r["trajectory"]["ids"] for r in records]
-    (here / "out" / "run.json").unlink()                                   # an adapter that somebody else sent
+    (here / "out" / "run.json").unlink()                                   # an adapter that train.py did not write
     assert main(["--ckpt", "out", "--limit", "2", "--out", "foreign"]) == 0
 
 
-def test_host_failures_are_retried_and_never_on_file(here, monkeypatch, capsys):
-    """The host fails twice for one question and always for another: the first is an answer, the second is missing."""
+def test_host_failures_are_retried_and_never_written(here, monkeypatch, capsys):
+    """The host fails twice for one question, always for another: the first gets its answer, the second is missing."""
     real, seen = eval_gaia.rollout, Counter()
 
     def failing(policy, tasks, *args, **kwargs):
@@ -317,7 +320,7 @@ def test_choosing_questions(here):
     assert chosen("--ids", tasks[7].id, tasks[2].id) == [tasks[2].id, tasks[7].id]
 
 
-def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
+def test_without_access_to_gaia_the_message_says_how_to_get_it(here, monkeypatch, capsys):
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
     assert issubclass(GatedRepoError, OSError) and issubclass(LocalEntryNotFoundError, OSError)
@@ -328,7 +331,7 @@ def test_who_has_no_access_is_told_how_to_get_it(here, monkeypatch, capsys):
 
 
 def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
-    export_gaia(builtin_tasks("heldout", 6, 5), here / "GAIA")              # its answers: somebody's guesses
+    export_gaia(builtin_tasks("heldout", 6, 5), here / "GAIA")              # a copy with answers in it
     (here / "GAIA" / "2023" / "validation").rename(here / "GAIA" / "2023" / "test")
     monkeypatch.setattr(eval_gaia.Judge, "ask", lambda *_: pytest.fail("nothing is judged, so nothing is paid"))
     flags = ["--split", "test", "--out", "ev", "--export", "--judge", "local"]

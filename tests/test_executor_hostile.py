@@ -1,11 +1,12 @@
 """The hostile suite: what model-written code does by accident or by reward hacking, and what comes of it.
 
-Each row of TABLE is `name, expected, code`. A fresh session has run `x = 1`; then `y = 1` and the row's code
-run as one step. `expected` names the statuses that may result (`|` between) and the state afterwards:
-    kept    y is there: the step's effects hold         back    only x is there: memory is as before the step
-    lost    neither: the session was restarted          any     the code broke its session: it must work again
-and, after `=`, a text that must be in the result; after `~`, one that must not. After every row: the step
-took at most limit + grace, a witness session is unharmed, and of the row's session no process is left.
+Each row of TABLE is `name, expected, code`. A fresh session has run `x = 1` and written a file; then `y = 1` and the
+row's code run as one cell. `expected` names the statuses that may result (`|` between) and the state afterwards:
+    kept    x and y are there: the cell's effects hold      unrun   only x is there: the code was refused as a whole
+    lost    neither: the session was restarted              any     the code broke its session: it must work again
+and, after `=`, a text that must be in the result; after `~`, one that must not. After every row: the cell took at most
+limit + grace, the file of a restarted session is still there, a witness session is unharmed, and of the row's session
+no process is left.
 """
 import os
 import secrets
@@ -31,6 +32,7 @@ def raw(data): os.write(w, struct.pack('>I', len(data)) + data)
 def send(frame): raw(json.dumps(frame).encode())
 """
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+CHILD = "import os, time\nif os.fork() == 0: time.sleep(60)\n"
 SPIN = "import threading, time, os\ndef spin():\n while True: pass\n"
 
 TABLE = {
@@ -60,38 +62,38 @@ TABLE = {
         ("sort key",             "timeout kept", "def key(v):\n while True: pass\nsorted([2, 1], key=key)"),
         ("pause",                "timeout kept", "import signal; signal.pause()"),
         ("stops itself",         "timeout kept", "import os; os.kill(os.getpid(), 19)"),
-        ("stops everybody",      "timeout kept", "import os; os.kill(-1, 19); os.kill(os.getpid(), 19)"),
+        ("stops everybody",      "timeout kept", CHILD + "os.kill(-1, 19); os.kill(os.getpid(), 19)"),
     ],
-    "kills that roll back": [
-        ("C loop",               "killed back", "sum(range(10 ** 12))"),
-        ("C loop in a thread",   "killed back",
+    "kills that restart the session": [
+        ("C loop",               "killed lost", "sum(range(10 ** 12))"),
+        ("C loop in a thread",   "killed lost",
          SPIN + "threading.Thread(target=sum, args=(range(10 ** 12),)).start(); spin()"),
-        ("endless iterator",     "killed back",
+        ("endless iterator",     "killed lost",
          "import collections, itertools; collections.deque(itertools.repeat(0), 0)"),
-        ("signals blocked",      "killed back",
+        ("signals blocked",      "killed lost",
          "import signal\nsignal.pthread_sigmask(0, range(1, 32))\nwhile True: pass"),
-        ("signals ignored",      "killed back",
+        ("signals ignored",      "killed lost",
          "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass"),
-        ("handler of its own",   "killed back",
+        ("handler of its own",   "killed lost",
          "import signal\nsignal.signal(2, lambda *a: None)\nwhile True: pass"),
-        ("swallowed thrice",     "killed back",
+        ("swallowed thrice",     "killed lost",
          "def f(n):\n while True:\n  try:\n   f(n - 1) if n else time.sleep(9)\n  except: pass\n"
                                                 "import time; f(9)"),
-        ("exec",                 "killed back", "import os; os.execvp('sleep', ['sleep', '60'])"),
+        ("exec",                 "killed lost", "import os; os.execvp('sleep', ['sleep', '60'])"),
         ("recursion unlimited",  "killed|crashed|error|timeout any",
          "import sys; sys.setrecursionlimit(10 ** 9)\ndef f(): return [f()]\nf()"),
     ],
     "crashes": [
-        ("_exit 0",              "crashed back", "import os; os._exit(0)"),
-        ("_exit 3",              "crashed back = exit status 3", "import os; os._exit(3)"),
-        ("abort",                "crashed back = SIGABRT", "import os; os.abort()"),
-        ("segfault",             "crashed back = SIGSEGV", "import ctypes; ctypes.string_at(0)"),
-        ("kill -9",              "crashed back = SIGKILL", "import os; os.kill(os.getpid(), 9)"),
-        ("kills the keeper",     "ok kept", "import os; os.kill(-1, 9)"),
-        ("keeper, then itself",  "crashed lost", "import os; os.kill(-1, 9); os._exit(1)"),
-        ("alarm",                "crashed back = SIGALRM",
+        ("_exit 0",              "crashed lost", "import os; os._exit(0)"),
+        ("_exit 3",              "crashed lost = exit status 3", "import os; os._exit(3)"),
+        ("abort",                "crashed lost = SIGABRT", "import os; os.abort()"),
+        ("segfault",             "crashed lost = SIGSEGV", "import ctypes; ctypes.string_at(0)"),
+        ("kill -9",              "crashed lost = SIGKILL", "import os; os.kill(os.getpid(), 9)"),
+        ("kills all others",     "ok kept", CHILD + "os.kill(-1, 9)"),
+        ("all others, then it",  "crashed lost", CHILD + "os.kill(-1, 9); os._exit(1)"),
+        ("alarm",                "crashed lost = SIGALRM",
          "import signal; signal.setitimer(signal.ITIMER_REAL, 0.01)\nwhile True: pass"),
-        ("_exit in a thread",    "crashed back",
+        ("_exit in a thread",    "crashed lost",
          SPIN + "threading.Thread(target=os._exit, args=(1,)).start(); spin()"),
         ("C stack",              "crashed|error any",
          "import pickle\nclass A: pass\nf = lambda s: s\nx2 = []\nfor i in range(10 ** 5): x2 = [x2]\n"
@@ -109,11 +111,11 @@ TABLE = {
         ("KeyboardInterrupt",    "error kept = KeyboardInterrupt", "raise KeyboardInterrupt"),
         ("GeneratorExit",        "error kept = GeneratorExit", "raise GeneratorExit"),
         ("not an exception",     "error kept = TypeError", "raise 5"),
-        ("syntax",               "error back = SyntaxError", "a = ("),
-        ("null byte",            "error back = null", "a = 1\0"),
-        ("lone surrogate",       "error back = Unicode", "a = '\ud800'"),
-        ("deep brackets",        "error back", "(" * 10_000),
-        ("deep expression",      "error|crashed back", "z = " + "-" * 100_000 + "1"),
+        ("syntax",               "error unrun = SyntaxError", "a = ("),
+        ("null byte",            "error unrun = null", "a = 1\0"),
+        ("lone surrogate",       "error unrun = Unicode", "a = '\ud800'"),
+        ("deep brackets",        "error unrun", "(" * 10_000),
+        ("deep expression",      "error|crashed any", "z = " + "-" * 100_000 + "1"),
         ("wide expression",      "error|crashed any", "z = 1" + "+1" * 100_000),
         ("recursion",            "error kept = RecursionError", "def f(): return f()\nf()"),
         ("input",                "error kept = EOFError", "input()"),
@@ -175,21 +177,20 @@ TABLE = {
          "import mmap, os; os.ftruncate(1, 4096); m = mmap.mmap(1, 4096); m[:2] = b'hi'"),
     ],
     "attacks on the protocol": [
-        ("garbage",              "crashed back = protocol", WIRE + "raw(b'hello')"),
-        ("oversized",            "crashed back = protocol",
+        ("garbage",              "crashed lost = protocol", WIRE + "raw(b'hello')"),
+        ("oversized",            "crashed lost = protocol",
          WIRE + "os.write(w, b'\\xff' * 4); time.sleep(60)"),
-        ("deep",                 "crashed back = protocol", WIRE + "raw(b'[' * 100_000)"),
-        ("not an object",        "crashed back = protocol", WIRE + "raw(b'[1]')"),
-        ("null",                 "crashed back = protocol", WIRE + "raw(b'null')"),
-        ("huge integer",         "crashed back = protocol",
-         WIRE + "raw(b'{\"keeper\": ' + b'9' * 10_000 + b'}')"),
-        ("not UTF-8",            "crashed back = protocol", WIRE + "raw(b'{\"answer\": \"\\xff\\xfe\"}')"),
-        ("unknown kind",         "crashed back = protocol", WIRE + "send({'verdict': 'right'})"),
-        ("wrong type",           "crashed back = protocol", WIRE + "send({'answer': 5})"),
-        ("one key too many",     "crashed back = protocol", WIRE + "send({'answer': 'a', 'reward': 1})"),
-        ("forged keeper",        "crashed back = protocol", WIRE + "send({'keeper': 1})"),
-        ("forged ready",         "crashed back = protocol", WIRE + "send({'ready': True})"),
-        ("forged reply",         "crashed back = protocol",
+        ("deep",                 "crashed lost = protocol", WIRE + "raw(b'[' * 100_000)"),
+        ("not an object",        "crashed lost = protocol", WIRE + "raw(b'[1]')"),
+        ("null",                 "crashed lost = protocol", WIRE + "raw(b'null')"),
+        ("huge integer",         "crashed lost = protocol",
+         WIRE + "raw(b'{\"answer\": ' + b'9' * 10_000 + b'}')"),
+        ("not UTF-8",            "crashed lost = protocol", WIRE + "raw(b'{\"answer\": \"\\xff\\xfe\"}')"),
+        ("unknown kind",         "crashed lost = protocol", WIRE + "send({'verdict': 'right'})"),
+        ("wrong type",           "crashed lost = protocol", WIRE + "send({'answer': 5, 'id': 1})"),
+        ("one key too many",     "crashed lost = protocol", WIRE + "send({'answer': 'a', 'id': 1, 'reward': 1})"),
+        ("forged run",           "crashed lost = protocol", WIRE + "send({'run': 'y = 2'})"),
+        ("forged reply",         "crashed lost = protocol",
          WIRE + "send({'reply': 1, 'value': 1, 'error': None})"),
         ("forged ok",            "ok any", WIRE + "send({'end': 'ok', 'value': None, 'error': None}); 1 / 0"),
         ("forged ok, then loop", "ok any",
@@ -198,14 +199,14 @@ TABLE = {
          WIRE + "send({'end': 'ok', 'value': 'v' * 10 ** 6, 'error': None}); time.sleep(60)"),
         ("forged status",        "error any",
          WIRE + "send({'end': 'timeout', 'value': None, 'error': None}); time.sleep(60)"),
-        ("half a frame",         "crashed back", WIRE + "os.write(w, b'\\0\\0\\1\\0{'); os._exit(0)"),
+        ("half a frame",         "crashed lost", WIRE + "os.write(w, b'\\0\\0\\1\\0{'); os._exit(0)"),
         ("half a frame, waits",  "timeout|killed|crashed any",
          WIRE + "os.write(w, b'\\0\\0\\1\\0{'); time.sleep(60)"),
-        ("descriptors closed",   "crashed back", "import os; os.closerange(3, 256)"),
+        ("descriptors closed",   "crashed lost", "import os; os.closerange(3, 256)"),
         ("wire shut down",       "crashed lost", WIRE + "socket.socket(fileno=os.dup(w)).shutdown(2)"),
         ("wire not blocking",    "ok kept", WIRE + "os.set_blocking(w, False)"),
         ("wire read by code",    "timeout kept", WIRE + "os.read(w, 100)"),
-        ("patched builtins",     "crashed back",
+        ("patched builtins",     "crashed lost",
          "import builtins\n"
          "for n in ('len', 'isinstance', 'bytes', 'str', 'open', 'int'): setattr(builtins, n, None)"),
         ("patched json",         "ok kept",
@@ -217,8 +218,8 @@ TABLE = {
          "import socket; socket.socket.sendall = socket.socket.recv = None"),
         ("modules cleared",      "ok|error|crashed any", "import sys; sys.modules.clear()"),
         ("namespace cleared",    "ok lost", "globals().clear()"),
-        ("worker found by gc",   "crashed back",
-         "import gc\nfor o in gc.get_objects():\n if type(o).__name__ == 'Worker': o.send = None"),
+        ("runner found by gc",   "crashed lost",
+         "import gc\nfor o in gc.get_objects():\n if type(o).__name__ == 'Runner': o.wire = None"),
         ("frames above",         "crashed|error|ok any",
          "import sys; sys._getframe(2).f_locals['self'].lock = None"),
         ("trace",                "ok|error|crashed any",
@@ -240,7 +241,7 @@ TABLE = {
          "import subprocess; p = subprocess.Popen(['nohup', 'sleep', '60'], start_new_session=True)"),
         ("stopped child",        "ok kept",
          "import os, time\npid = os.fork()\nif pid == 0: time.sleep(60)\nos.kill(pid, 19)"),
-        ("child of a crash",     "crashed back",
+        ("child of a crash",     "crashed lost",
          "import os, time\nif os.fork() == 0: time.sleep(60)\nos._exit(1)"),
         ("zombies",              "ok kept",
          "import os\nfor i in range(10):\n if os.fork() == 0: os._exit(0)"),
@@ -347,13 +348,13 @@ TABLE = {
          "import os, time\nif os.fork() == 0:\n try: echo(1)\n except ToolError as e: print(e)\n "
          "os._exit(0)\nos.wait() and None"),
         ("after the answer",     "ok kept = 7", "final_answer(1); echo(7)"),
-        ("outside a step",       "ok kept",
+        ("outside a cell",       "ok kept",
          "import threading, time\ndef late():\n time.sleep(0.2)\n echo(1)\n"
          "threading.Thread(target=late).start()"),
         ("answer cannot be str", "error kept", "class S:\n __str__ = lambda self: 1 / 0\nfinal_answer(S())"),
         ("answer loops",         "timeout kept",
          "class S:\n def __str__(self):\n  while True: pass\nfinal_answer(S())"),
-        ("answer and crash",     "crashed back", "final_answer(1); import os; os._exit(1)"),
+        ("answer and crash",     "crashed lost", "final_answer(1); import os; os._exit(1)"),
     ],
 }
 ROWS = [pytest.param(*row, id=f"{group}: {row[0]}") for group, rows in TABLE.items() for row in rows]
@@ -400,7 +401,7 @@ def test_hostile(executor, witness, port, name, expected, code):
     short = "timeout" in statuses or statuses == "killed" and "memory" not in wanted
     limit = LIMITS.seconds if short else ROOMY
     with executor.session(TOOLS) as session:
-        assert session.execute("x = 1", ROOMY).status == "ok"
+        assert session.execute("x = 1; open('/tmp/work/before', 'w').close()", ROOMY).status == "ok"
         start = time.monotonic()
         result = session.execute("y = 1\n" + code.replace("PORT", str(port)), limit)
         took = time.monotonic() - start
@@ -411,12 +412,15 @@ def test_hostile(executor, witness, port, name, expected, code):
         assert len(result.observation()) <= 3 * LIMITS.output_chars + 1000
         after = session.execute("[n for n in ('x', 'y') if n in globals()]", ROOMY if state != "any" else 0.5)
         if state == "any" and after.status != "ok":
-            after = session.execute("[]", ROOMY)    # it broke its session for one more step, not for two
+            after = session.execute("[]", ROOMY)    # it broke its session for one more cell, not for two
         assert after.status == "ok", after
-        assert state == "any" or after.value == {"kept": "['x', 'y']", "back": "['x']", "lost": "[]"}[state]
+        assert state == "any" or after.value == {"kept": "['x', 'y']", "unrun": "['x']", "lost": "[]"}[state]
+        if state == "lost":
+            assert session.execute("open('/tmp/work/before').read()", ROOMY).value == "''"
+            assert result.status == "ok" or "files in the working directory are kept" in result.error
     until = time.monotonic() + 5.0
-    while len(tree(executor._zygote.pid)) > 3 and time.monotonic() < until:
+    while len(tree(executor.zygote.process.pid)) > 3 and time.monotonic() < until:
         time.sleep(0.01)
-    assert len(tree(executor._zygote.pid)) == 3         # the zygote, and supervisor and runner of the witness
+    assert len(tree(executor.zygote.process.pid)) == 3         # the zygote, and supervisor and runner of the witness
     beside = witness.execute("import os; (w, os.listdir('/tmp/work'))", ROOMY)
     assert beside.value == "(1, ['witness.txt'])", beside

@@ -209,6 +209,12 @@ def test_on_policy_the_gradient_is_that_of_reinforce():
 # ---------------------------------------------------------------------------------------------------------- log-probs
 
 
+@pytest.fixture(params=[True, False], ids=["plain", "tree"])
+def plain(request):
+    """Each update in both ways: padded, and every distinct prefix once."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
@@ -460,16 +466,17 @@ def test_a_nan_of_the_reference_is_named_and_one_outside_of_the_mask_is_not(fold
         logp, entropy = real(model, ids, *rest)
         return (logp * math.nan if len(calls) == 1 else logp), entropy
     monkeypatch.setattr(grpo, "token_logps", sick_reference)
-    stats = update(policy, Keep(policy.trainable()), batch, GRPOConfig(token_budget=1))
+    stats = update(policy, Keep(policy.trainable()), batch, GRPOConfig(token_budget=1), plain=True)
     longest = max((t for t, _ in batch), key=lambda t: len(t.ids))
     assert len(stats.notes) == 1 and stats.notes[0].endswith(f" is {longest.task_id} sample {longest.sample}")
 
 
 @pytest.mark.parametrize("failing_call", [0, 4, 7, 9])  # of 6: scoring; then in the first and in the second step
-def test_an_out_of_memory_is_tried_again_with_half_and_loses_nothing(folders, monkeypatch, failing_call):
+def test_an_out_of_memory_is_tried_again_with_half_and_loses_nothing(folders, monkeypatch, failing_call, plain):
     cfg = GRPOConfig(minibatches=2, token_budget=130, beta=0.0)
-    _, clean, expected = run_update(folders[True], cfg)
-    real, calls = grpo.token_logps, []
+    _, clean, expected = run_update(folders[True], cfg, plain=plain)
+    name = "token_logps" if plain else "tree_logps"
+    real, calls = getattr(grpo, name), []
 
     def fails_once(model, ids, *rest):
         calls.append(torch.is_grad_enabled())
@@ -478,8 +485,8 @@ def test_an_out_of_memory_is_tried_again_with_half_and_loses_nothing(folders, mo
         return real(model, ids, *rest)
     policy = stirred(folders[True])
     batch = make_batch(policy)
-    monkeypatch.setattr(grpo, "token_logps", fails_once)
-    stats = update(policy, Keep(policy.trainable()), batch, cfg)
+    monkeypatch.setattr(grpo, name, fails_once)
+    stats = update(policy, Keep(policy.trainable()), batch, cfg, plain=plain)
     assert calls[failing_call] == (failing_call >= 6)
     assert len(stats.notes) == 1 and "memory" in stats.notes[0] and stats.token_budget == 65
     assert stats.optimiser_steps == 2 and stats.tokens == clean.tokens
@@ -490,7 +497,7 @@ def test_an_out_of_memory_is_tried_again_with_half_and_loses_nothing(folders, mo
 def test_one_out_of_memory_halves_all_minibatches_once(folders, monkeypatch):
     """On a card that really is too small, the second minibatch and the second pass must not fail again."""
     cfg = GRPOConfig(minibatches=3, epochs=2, token_budget=240)
-    _, clean, expected = run_update(folders[True], cfg)
+    _, clean, expected = run_update(folders[True], cfg, plain=True)
     real, state = grpo.token_logps, torch.get_rng_state()
 
     def small_card(model, ids, *rest):
@@ -501,25 +508,25 @@ def test_one_out_of_memory_halves_all_minibatches_once(folders, monkeypatch):
     optimizer = torch.optim.AdamW(policy.trainable(), lr=0.0)
     batch = make_batch(policy)
     monkeypatch.setattr(grpo, "token_logps", small_card)
-    stats = update(policy, optimizer, batch, cfg)
+    stats = update(policy, optimizer, batch, cfg, plain=True)
     assert len(stats.notes) == 1 and stats.token_budget == 120
     assert {int(values["step"]) for values in optimizer.state.values()} == {6} and stats.optimiser_steps == 6
     assert torch.equal(torch.get_rng_state(), state)
-    stats = update(policy := stirred(folders[True]), Keep(policy.trainable()), batch, cfg)
+    stats = update(policy := stirred(folders[True]), Keep(policy.trainable()), batch, cfg, plain=True)
     for a, b in zip(policy.trainable(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for name in ("loss", "kl", "entropy", "grad_norm", "tokens", "optimiser_steps", "off_policy_each"):
         assert getattr(stats, name) == pytest.approx(getattr(clean, name), rel=1e-4, abs=1e-6), name
 
 
-def test_a_second_out_of_memory_is_not_hidden(folders, monkeypatch):
+def test_a_second_out_of_memory_is_not_hidden(folders, monkeypatch, plain):
     def fails(*_):
         raise torch.OutOfMemoryError("scripted")
     policy = stirred(folders[True])
     batch = make_batch(policy)
-    monkeypatch.setattr(grpo, "token_logps", fails)
+    monkeypatch.setattr(grpo, "token_logps" if plain else "tree_logps", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        update(policy, Keep(policy.trainable()), batch, GRPOConfig())
+        update(policy, Keep(policy.trainable()), batch, GRPOConfig(), plain=plain)
 
 
 def test_an_empty_batch_moves_nothing(folders):

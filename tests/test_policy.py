@@ -141,6 +141,14 @@ def test_no_network_says_what_to_do(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_large_model_without_a_usable_gpu_is_refused(folder, monkeypatch):
+    """A driver too old for this torch would otherwise mean 30 GB of main memory, in fp32."""
+    monkeypatch.setattr(policy_module, "parameter_counts", lambda config: (7e9, 1e9))
+    with pytest.raises(UserError, match="8.0e9 parameters, and torch .* finds no usable GPU: check the driver"):
+        load_policy(str(folder))
+
+
 def test_a_folder_without_weights_or_with_pickled_ones(folder, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

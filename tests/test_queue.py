@@ -1,4 +1,4 @@
-"""queue.py: the sample queue's rule, and the name it shares with the standard library (traps 12 and 13)."""
+"""queue.py: the rule of the sample queue, and the name that it shares with the standard library's module."""
 import json
 import random
 import subprocess
@@ -12,15 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def make_queue(**settings):
+    return SampleQueue(**{"capacity": 64, "half_life": 4.0, "max_age": 8, "max_uses": 4, "max_off_policy": 0.3} | settings)
+
+
 def filled(spreads, step=0, **settings):
-    queue = SampleQueue(**settings)
+    queue = make_queue(**settings)
     for index, spread in enumerate(spreads):
         queue.admit(f"group {index}", spread, any_right=True, step=step)
     return queue
 
 
 def test_admits_only_what_teaches():
-    queue = SampleQueue()
+    queue = make_queue()
     assert not queue.admit("no spread", 0.0, any_right=True, step=0)
     assert not queue.admit("nothing right", 0.5, any_right=False, step=0)
     assert queue.admit("good", 0.5, any_right=True, step=0)
@@ -30,7 +34,7 @@ def test_admits_only_what_teaches():
 def test_priority_by_hand():
     queue = filled([0.4], half_life=4.0)
     entry = queue.entries[0]
-    assert entry.uses == 1                                        # the update right after it was sampled
+    assert entry.uses == 1                                        # the update right after sampling
     assert queue.priority(entry, step=0) == pytest.approx(0.4 / 2)
     assert queue.priority(entry, step=4) == pytest.approx(0.4 / 2 / 2)
     entry.uses = 3
@@ -40,7 +44,7 @@ def test_priority_by_hand():
 def test_evicts_the_lowest_priority_and_on_a_tie_the_oldest():
     queue = filled([0.5, 0.1, 0.5], capacity=2)
     assert [e.group for e in queue.entries] == ["group 0", "group 2"]
-    queue.admit({"not": "comparable"}, 0.5, any_right=True, step=0)    # trap 12: equal scores, items without <
+    queue.admit({"not": "comparable"}, 0.5, any_right=True, step=0)    # equal priorities, no < between groups
     assert [e.group for e in queue.entries] == ["group 2", {"not": "comparable"}]
     assert not queue.admit("too weak", 0.01, any_right=True, step=0)
     assert queue.counts["evicted"] == 3
@@ -59,7 +63,7 @@ def test_draws_in_proportion_to_priority_without_replacement():
 
 
 def test_equal_priorities_never_compare_the_groups():
-    queue = SampleQueue()
+    queue = make_queue()
     for _ in range(20):
         queue.admit({"a": 1}, 0.5, any_right=True, step=0)
 
@@ -89,13 +93,13 @@ def test_drops_old_used_up_and_off_policy():
 def test_state_continues_where_it_was():
     one = filled([0.5, 0.4, 0.3], max_uses=9)
     one.draw(2, 0, random.Random(1))
-    two = SampleQueue(max_uses=9)
+    two = make_queue(max_uses=9)
     two.load_state_dict(one.state_dict())
     draws = [[e.order for e in q.draw(2, 1, random.Random(7))] for q in (one, two)]
     assert draws[0] == draws[1] and one.stats(1) == two.stats(1)
 
 
-# ------------------------------------------------------------------------------------------- trap 13: the name
+# ------------------------------------------------------------------------- the name: two modules called queue
 CHECK = ("import pickle, queue; from queue import SampleQueue, Full, Queue, SimpleQueue, Empty\n"
          "q = Queue(1); q.put(1)\n"
          "try: q.put_nowait(2); raise SystemExit('no Full')\n"
@@ -103,7 +107,7 @@ CHECK = ("import pickle, queue; from queue import SampleQueue, Full, Queue, Simp
          "assert pickle.loads(pickle.dumps(Full)) is Full is queue.Full\n"
          "assert pickle.loads(pickle.dumps(SampleQueue)) is SampleQueue\n"
          "import requests, concurrent.futures, logging.handlers\n"
-         "assert len(SampleQueue()) == 0; print('fine')\n")
+         "assert len(SampleQueue(64, 4.0, 8, 4, 0.3)) == 0; print('fine')\n")
 IMPORT_TRAIN = "import train\n" + CHECK
 
 
@@ -136,7 +140,7 @@ def test_spawned_worker(tmp_path):
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                       "import multiprocessing as mp\n"
                       "def work(out):\n"
-                      "    import train; from queue import SampleQueue; out.put(len(SampleQueue()))\n"
+                      "    import train; from queue import SampleQueue; out.put(len(SampleQueue(64, 4.0, 8, 4, 0.3)))\n"
                       "if __name__ == '__main__':\n"
                       "    context = mp.get_context('spawn'); out = context.Queue()\n"
                       "    worker = context.Process(target=work, args=(out,)); worker.start()\n"

@@ -28,7 +28,8 @@ from transformers import (
 import rollout as rollout_module
 from machinery import engine as engine_module
 from machinery.engine import Engine, refusal, sampling_mode
-from scripts.bench import Scripted, Workload, scripted
+from machinery.fast_layers import fast_layers
+from scripted import Scripted, Workload, scripted
 from executor import Executor, Limits
 from oracle import oracle
 from policy import load_policy
@@ -352,6 +353,46 @@ def test_every_token_is_forwarded_once_and_a_prompt_once_a_group(slots):
     engine, out = run_engine(make_model(), scripted(WORK, VOCABULARY), slots)
     once = sum(len(ids) - 1 - WORK.prompt for ids, *_ in out.values()) + 2 * WORK.prompt
     assert engine.forwarded == once + 2 * 7                         # and its last token by each of 7 siblings
+
+
+@pytest.mark.parametrize("slots", [1, 5, 16])
+def test_what_all_prompts_begin_with_is_forwarded_once(slots):
+    episodes = scripted(WORK, VOCABULARY)
+    system = episodes[0].prompt[:30]
+    for episode in episodes:
+        episode.prompt = system + episode.prompt[30:]
+    model = make_model()
+    engine, out = run_engine(model, episodes, slots)
+    once = sum(len(ids) - 1 - WORK.prompt for ids, *_ in out.values()) + 30 + 2 * (WORK.prompt - 30)
+    assert engine.forwarded == once + 2 * 7
+    assert all(largest_difference(model, *columns[:3]) < 1e-4 for columns in out.values())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_fast_layers_compute_pefts_forward_and_are_undone(tmp_path, quantize):
+    make_model().save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), quantize=quantize)
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.normal_(std=0.1)
+    ids = torch.arange(40)[None]
+
+    def logps():
+        with torch.no_grad():
+            return policy.model(ids).logits.log_softmax(-1)
+    expected, plain = logps(), [layer.forward for layer in policy.model.modules()]
+    with pytest.raises(KeyboardInterrupt), fast_layers(policy.model):
+        assert sum("forward" in vars(layer) for layer in policy.model.modules()) == 2 * 7
+        torch.testing.assert_close(logps(), expected, rtol=1e-5, atol=1e-5)
+        raise KeyboardInterrupt
+    assert [layer.forward for layer in policy.model.modules()] == plain
+    assert torch.equal(logps(), expected)
+    with policy.reference():
+        reference = logps()
+        with fast_layers(policy.model):
+            assert torch.equal(logps(), reference)
+    assert not torch.allclose(reference, expected, atol=0.01)
 
 
 def test_slots_decode_while_another_waits_for_its_tool():

@@ -1,4 +1,4 @@
-"""Tasks: gold answers found another way, splits that share nothing, the dial, files read and refused."""
+"""tasks.py: gold answers found in another way, splits that share nothing, difficulty, files read and refused."""
 import ast
 import csv
 import json
@@ -7,8 +7,8 @@ from datetime import date
 
 import pytest
 
-from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, TOWN, Task, builtin_tasks, export_gaia, fact, read_gaia,
-                   read_jsonl, side)
+from gaia_folder import export_gaia
+from tasks import BUILTIN_TOOLS, CORE, HARD, PERSON, TOWN, Task, builtin_tasks, fact, read_gaia, read_jsonl, side
 from machinery.cli import UserError
 from tools import ToolContext, ToolError, prompt_text
 
@@ -78,7 +78,7 @@ def test_gold_answers_are_found_again_from_the_question(family, difficulty):
             assert solve(task) == task.answer, task
 
 
-# ------------------------------------------------------------------------------------------- what is promised
+# ------------------------------------------------------------------------------------------- the built-in tasks
 
 
 def test_eight_core_and_three_hard_families_of_three_levels():
@@ -108,7 +108,7 @@ def test_train_and_heldout_share_no_entity_and_no_value():
     facts = [{t.answer for t in tasks if t.family in ("lookup", "twin", "mayor", "column")}
              for tasks in (train, heldout)]
     assert not facts[0] & facts[1]
-    for name in list(entities(train))[:50]:                     # and so for everything one step further away
+    for name in list(entities(train))[:50]:                     # and so for everything one fact further away
         if TOWN.fullmatch(name):
             assert side(fact(name, "twin")) == side(fact(fact(name, "mayor"), "home")) == side(name)
 
@@ -130,7 +130,7 @@ def test_held_out_arithmetic_and_dates_lie_outside_the_range_of_training():
         assert ranges[0][1] < ranges[1][0]
 
 
-def test_the_dial_makes_chains_longer_and_tables_bigger():
+def test_difficulty_makes_chains_longer_and_tables_bigger():
     for family in CORE + HARD:
         sizes = [len(t.question) + len(t.files.get("shop.csv", b"")) for d in range(4)
                  for t in builtin_tasks("train", 1, 0, (family,), d)]
@@ -148,7 +148,7 @@ def test_unknown_splits_families_and_difficulties_are_refused():
 # -------------------------------------------------------------------------------------------------- the tools
 
 
-def test_the_tools_know_the_world_and_say_no_in_one_line():
+def test_the_tools_know_the_world_and_refuse_in_one_line():
     assert lookup("Kavodu", "area") == fact("Kavodu", "area")
     assert search("mayor of Kavodu") == f"{fact('Kavodu', 'mayor')} is the mayor of Kavodu."
     assert search("weather in Kavodu") == search("mayor of Paris") == "Nothing found."

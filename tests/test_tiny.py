@@ -1,4 +1,4 @@
-"""The built-in model: the kept files are what the builder makes, demonstrations what rollouts look like."""
+"""scripts/tiny.py: the builder makes the files in tiny/, and demonstrations look like rollouts."""
 import random
 import re
 import subprocess
@@ -13,7 +13,7 @@ from scripts import tiny
 from executor import Executor
 from policy import TINY, TINY_DIR, load_policy
 from rollout import Chat, Sampling, rollout
-from tasks import BUILTIN_TOOLS, CORE, PERSON, TOWN, Task, builtin_tasks, draw, side
+from tasks import BUILTIN_TOOLS, CORE, PERSON, TOWN, Task, builtin_tasks, make_question, side
 from tools import ToolContext
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory):
-    """The builder itself, for two steps of each kind."""
+    """What the builder makes with two steps of each kind of training."""
     out = tmp_path_factory.mktemp("built") / "tiny"
     command = [sys.executable, "-m", "scripts.tiny", "--out", out, "--copy-steps", "2", "--steps", "2"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
@@ -46,13 +46,14 @@ def test_the_builder_makes_the_kept_files(rebuilt):
 
 def test_the_builder_overwrites_nothing(rebuilt):
     before = (rebuilt / "model.safetensors").read_bytes()
-    run = subprocess.run([sys.executable, "-m", "scripts.tiny", "--out", rebuilt], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("error: ")
+    command = [sys.executable, "-m", "scripts.tiny", "--out", rebuilt]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert (rebuilt / "model.safetensors").read_bytes() == before
 
 
 def test_autotokenizer_gives_the_tokens_the_model_was_trained_with(chat):
-    """To model type qwen2 it gives a pre-tokenizer of its own: such a model read and wrote garbage."""
+    """For the model type qwen2 it would take its own pre-tokenizer: such a model read and wrote garbage."""
     built, loaded = tiny.build_tokenizer(0), chat.tokenizer
     text = 'How many ft are 37 m?\nfinal_answer(lookup("Kavodu", "area"))\n```'
     assert loaded.tokenize(text) == built.tokenize(text)
@@ -99,19 +100,19 @@ def test_demonstrations_show_training_names_only_and_mostly_wrong_ways(chat):
 
 
 def test_the_executor_shows_what_the_demonstrations_show(chat):
-    """They run in the builder's process for speed; here the same code runs in the real sandbox."""
+    """The builder runs their code in its own process, for speed; here the same code runs in the real sandbox."""
     with Executor(sandbox="auto") as executor:
         for family in tiny.DEMOS:
             ids, mask = tiny.demonstrate(chat, family, random.Random(11), 0)
-            drawn = draw(family, "train", random.Random(11))
+            question = make_question(family, "train", random.Random(11))
             parts = chat.tokenizer.decode(ids).split("<|im_start|>")
             codes = [p.split("```python\n")[1].split("\n```")[0] for p in parts if p.startswith("assistant")]
             seen = [p.split("Observation:\n")[1].split("<|im_end|>")[0] for p in parts if "Observation:" in p]
             tools = {tool.name: tool.bind(ToolContext()) for tool in BUILTIN_TOOLS}
-            with executor.session(tools=tools, files=drawn.files) as session:
+            with executor.session(tools=tools, files=question.files) as session:
                 results = [session.execute(code) for code in codes]
             assert [r.observation() for r in results[:-1]] == seen
-            assert results[-1].answer == str(drawn.answer) and all(r.status == "ok" for r in results)
+            assert results[-1].answer == str(question.answer) and all(r.status == "ok" for r in results)
 
 
 def success(policy, tasks: list[Task], temperature: float) -> tuple[float, float]:
@@ -131,8 +132,8 @@ def test_the_kept_model_writes_code_that_runs_and_is_mostly_wrong():
 
 
 @pytest.mark.slow
-def test_the_kept_model_is_where_learning_shall_begin():
-    """At most 0.40 greedy and 0.35 sampled on 448 held-out core tasks; but something to reinforce."""
+def test_the_kept_model_leaves_something_to_learn():
+    """On 448 held-out core tasks: at most 0.40 right greedy and 0.35 sampled, but enough to reinforce."""
     policy, tasks = load_policy("tiny"), builtin_tasks("heldout", 448, 0, CORE)
     assert 0.10 < success(policy, tasks, 0.0)[0] <= 0.40
     assert 0.20 < success(policy, tasks, 1.0)[0] <= 0.35

@@ -1,6 +1,8 @@
-"""tools.py and web.py: definitions, checked calls, and the built-in tools against real servers and real files."""
+"""tools.py and what it stands on in machinery/ (web, documents, api): definitions, checked calls, and the built-in
+tools against real servers and real files."""
 import base64
 import gzip
+import hashlib
 import io
 import json
 import mimetypes
@@ -16,10 +18,12 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import tools
-from machinery import web
+from machinery import documents, web
 from machinery.cli import UserError, exit_status
-from tools import Tool, ToolContext, ToolError, load_tools, open_web, preflight, prompt_text, tool, visit
-from machinery.web import Cache, Web, WebError, check_address, holds_benchmark, to_text
+from machinery.documents import WebError, to_text
+from machinery.text import holds_benchmark
+from machinery.web import Cache, Web, check_address, open_web
+from tools import Tool, ToolContext, ToolError, load_tools, preflight, prompt_text, tool, visit
 
 for package in ("markitdown", "pypdf", "openpyxl"):
     pytest.importorskip(package, reason="pip install -r requirements-gaia.txt")
@@ -132,7 +136,8 @@ def test_a_users_own_file(tmp_path):
 
 
 @pytest.mark.parametrize("problem, status, said", [
-    (None, 0, ""), (UserError("--x: no"), 2, "error: --x: no\n"), (KeyboardInterrupt("go on"), 130, "\ninterrupted: go on\n")])
+    (None, 0, ""), (UserError("--x: no"), 2, "error: --x: no\n"),
+    (KeyboardInterrupt("go on"), 130, "\ninterrupted: go on\n")])
 def test_command_lines_end_alike(capsys, problem, status, said):
     def command():
         if problem:
@@ -342,9 +347,9 @@ def test_pdf_and_office_pages(call, site):
     ("wordprocessingml.document", ".docx"), ("presentationml.presentation", ".pptx"), ("spreadsheetml.sheet", ".xlsx")])
 def test_office_types_are_known_without_the_systems_list(monkeypatch, kind, suffix):
     as_in_a_slim_container = mimetypes.MimeTypes().guess_extension
-    monkeypatch.setattr(tools.mimetypes, "guess_extension", as_in_a_slim_container)
+    monkeypatch.setattr(documents.mimetypes, "guess_extension", as_in_a_slim_container)
     kind = f"application/vnd.openxmlformats-officedocument.{kind}; x=1"
-    assert tools.suffix_of(kind, "http://a.org/b", b"PK") == suffix
+    assert documents.suffix_of(kind, "http://a.org/b", b"PK") == suffix
 
 
 def test_long_pages_are_cut_at_lines_and_counted(call, site):
@@ -353,7 +358,7 @@ def test_long_pages_are_cut_at_lines_and_counted(call, site):
         head, _, body = call("visit", site.url + "/long", n).partition("\n")
         if head.startswith("ERROR[no_page]"):
             break
-        assert len(body) <= tools.PAGE and body.startswith("line ") and body.endswith("of a long text")
+        assert len(body) <= documents.PAGE and body.startswith("line ") and body.endswith("of a long text")
         pages.append(body)
         n += 1
     assert "\n".join(pages).splitlines() == [f"line {i} of a long text" for i in range(1000)] and len(pages) == 3
@@ -464,18 +469,18 @@ SEARCHES = {    # API answer, request that must arrive: (method, what its body o
 
 def point(monkeypatch, backend, url):
     """An API at another address."""
-    variable, _, *form = tools.SEARCHES[backend]
-    monkeypatch.setitem(tools.SEARCHES, backend, (variable, url, *form))
+    variable, _, *form = web.SEARCHES[backend]
+    monkeypatch.setitem(web.SEARCHES, backend, (variable, url, *form))
 
 
 @pytest.mark.parametrize("backend", SEARCHES)
 def test_search_apis(call, site, monkeypatch, backend):
     answer, wanted, header = SEARCHES[backend]
-    for variable, *_ in tools.SEARCHES.values():
+    for variable, *_ in web.SEARCHES.values():
         monkeypatch.delenv(variable or "NONE", raising=False)
     monkeypatch.setattr(site, f"page_{backend}", site.search(answer), raising=False)
     monkeypatch.setattr(site, "page_search", site.search(answer), raising=False)
-    variable = tools.SEARCHES[backend][0]
+    variable = web.SEARCHES[backend][0]
     monkeypatch.setenv(variable, site.url if backend == "searxng" else "the-secret-key")
     point(monkeypatch, backend, f"{site.url}/{backend}")
     assert call("web_search", "cats", 3, 2020, "a.org") == "1. T\n   http://a.org\n   S"
@@ -486,7 +491,7 @@ def test_search_apis(call, site, monkeypatch, backend):
 
 
 def test_search_without_a_key_is_wikipedias(call, site, monkeypatch):
-    for variable, *_ in tools.SEARCHES.values():
+    for variable, *_ in web.SEARCHES.values():
         monkeypatch.delenv(variable or "NONE", raising=False)
     found = f"1. Ada Lovelace\n   {site.url}/en/wiki/Ada_Lovelace\n   an English mathematician"
     assert call("web_search", "Ada") == found
@@ -705,6 +710,18 @@ def test_record_then_replay_without_the_web_and_without_keys(site, tmp_path, mon
     assert b"the-secret-key" not in Path(file).read_bytes()
 
 
+def test_hits_are_counted_for_each_call_alone(call):
+    @tool
+    def twice(key: str, context: ToolContext) -> str:
+        """Ask for one thing two times."""
+        return "".join(context.web.answer("t", {"key": key}, "b", lambda: key) for _ in range(2))
+    log = []
+    own, shared = ToolContext(web=call.web), ToolContext()
+    bound = [tools.replace(twice, log=log).bind(own), tools.replace(twice, log=log, web=call.web).bind(shared)]
+    assert [made(key) for made in bound for key in "ab"] == ["aa", "bb"] * 2
+    assert [c.hits for c in log] == [1, 1, 2, 2] and not call.web.hits
+
+
 def test_429_and_5xx_are_never_kept(site, tmp_path):
     made = Web(Cache(str(tmp_path / "c.sqlite"), "record"), allow_loopback=True, seconds=2)
     with pytest.raises(WebError, match="http_429"):
@@ -818,7 +835,7 @@ def test_a_parser_sees_no_keys(monkeypatch, tmp_path):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nenv\n")
     script.chmod(0o755)
-    monkeypatch.setattr(web.sys, "executable", str(script))
+    monkeypatch.setattr(documents.sys, "executable", str(script))
     assert "secret" not in to_text(b"x", ".html")
 
 
@@ -826,7 +843,7 @@ def test_replayed_images_need_neither_key_nor_model(call, tmp_path, monkeypatch)
     file = str(tmp_path / "web.sqlite")
     (call.folder / "a.png").write_bytes(b"\x89PNG")
     recorded = Web(Cache(file, "record"))
-    recorded.cache.answer("ask_image", {"image": tools.hashlib.sha256(b"\x89PNG").hexdigest(), "question": "q"}, "m",
+    recorded.cache.answer("ask_image", {"image": hashlib.sha256(b"\x89PNG").hexdigest(), "question": "q"}, "m",
                           lambda: "blue")
     for variable in ("VISION_URL", "VISION_MODEL"):
         monkeypatch.delenv(variable, raising=False)
