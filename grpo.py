@@ -57,8 +57,7 @@ Batch = Sequence[tuple[Trajectory, float]]      # trajectories and their advanta
 
 @dataclass
 class GRPOConfig:
-    loss: str = option(
-        "dapo", "advantage, normaliser and clip: see LOSSES in grpo.py", choices=("dapo", "grpo", "dr_grpo"))
+    loss: str = option("dapo", "advantage, normaliser and clip: dapo, grpo or dr_grpo (LOSSES in grpo.py)")
     beta: float = option(1e-3, "weight of the KL penalty; 0 skips the reference pass", zero=True)
     epochs: int = option(1, "passes over a batch")
     minibatches: int = option(1, "optimiser steps per pass")
@@ -72,7 +71,7 @@ class GRPOConfig:
 
     def __post_init__(self):
         if self.loss not in LOSSES:
-            raise UserError(f"--loss {self.loss}: it is dapo, grpo or dr_grpo")
+            raise UserError(f"--loss {self.loss}: it is one of {', '.join(LOSSES)}")
 
     @property
     def one_step(self) -> bool:

@@ -50,7 +50,7 @@ class Entry:
     group: Any        # opaque here; train.py stores a Group: trajectories with their behaviour log-probs, advantages
     spread: float     # standard deviation of the group's rewards: how much there is to learn from it
     step: int         # optimiser step at which it was sampled
-    order: int        # admission number: breaks ties (trap 12: (score, item) tuples compare the items)
+    order: int        # admission number: breaks ties (a sort of (score, group) pairs would compare groups)
     uses: int = 1     # updates it took part in; the first one is the update right after it was sampled
 
 

@@ -68,7 +68,7 @@ def test_failures_of_the_judge_take_no_part_and_failures_of_the_model_do():  # t
 
 
 def test_an_unknown_loss_is_refused():  # trap 11: it would silently be another one
-    with pytest.raises(UserError, match="ppo.*dapo, grpo or dr_grpo"):
+    with pytest.raises(UserError, match="ppo.*dapo, grpo, dr_grpo"):
         GRPOConfig(loss="ppo")
 
 
