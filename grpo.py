@@ -115,7 +115,9 @@ def group_advantages(rewards: Sequence[Reward], cfg: GRPOConfig) -> tuple[list[f
     """
     judged = [r for r in rewards if r.total is not None]
     answers = [r.answer for r in judged]
-    if len(judged) < 2 or max(answers) - min(answers) < 1e-6:
+    if len(judged) < 2:
+        return None
+    if max(answers) - min(answers) < 1e-6:
         return None
     mean = sum(r.total for r in judged) / len(judged)
     deviations = [r.total - mean for r in judged]
