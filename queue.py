@@ -59,7 +59,7 @@ class SampleQueue:
 
     capacity: groups kept; half_life: steps in which a priority halves; max_age: steps after which a group is
     dropped; max_uses: updates a group may take part in; max_off_policy: a group is dropped once more than this
-    share of its sampled tokens is off-policy (DESIGN: |l_old - l_behaviour| > log(1 + eps_high)).
+    share of its sampled tokens is off-policy (|l_old - l_behaviour| > log(1 + eps_high)).
     """
 
     def __init__(self, capacity: int, half_life: float, max_age: int, max_uses: int, max_off_policy: float):

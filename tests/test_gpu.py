@@ -20,9 +20,10 @@ from machinery.engine import attend
 from machinery.fast_layers import fast_layers
 from machinery.memory import memory
 from naive_update import random_batch
-from policy import Policy, Preset, new_adapter
+from policy import Policy, Preset, model_config, never_repack
 from scripted import Workload
-from scripts.bench import SMALL, largest_logp_difference, random_model, run_engine
+from scripts import bench
+from scripts.bench import SMALL, largest_logp_difference, run_engine
 from test_grpo import Keep
 
 ON_CPU = os.environ.get("TOOL_R1_GPU_TESTS") == "cpu"
@@ -46,10 +47,13 @@ def record():
 
 def seven_billion(layers: int):
     """Random weights at the widths of Qwen2.5-7B, NF4 and LoRA, with few layers; on the CPU the small shape."""
-    torch.manual_seed(0)
-    if ON_CPU:
-        return random_model("Qwen2.5-0.5B", "cpu", layers)
-    return random_model("Qwen2.5-7B", "cuda", layers)
+    config = model_config("Qwen2.5-0.5B" if ON_CPU else "Qwen2.5-7B")
+    config.num_hidden_layers = layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "model_config", lambda name: config)
+        network = bench.random_model("fewer layers", DEVICE)
+    never_repack(network)
+    return network
 
 
 def as_policy(network):
