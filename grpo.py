@@ -9,18 +9,19 @@ Reading order: Group, group_advantages, grpo_loss (it holds the equations), LOSS
     (4)  r   = exp(l - l_old)                                   ratio to the policy at the start of the batch
     (5)  c   = min(exp(l_old - l_behaviour), C)                 truncated importance weight, a constant
     (6)  s   = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)   clipped objective; where A < 0 at least dual_clip A
-    (7)  k   = exp(d) - d - 1,  d = l_ref - l                   KL penalty
-    (8)  L   = sum of c (beta k - s) / N                        loss; N: all sampled tokens of the optimiser step
+    (7)  k   = exp(d) - d - 1,  d = l_ref - l                   KL penalty; above d = 5 its tangent
+    (8)  L   = sum of c (beta k - s) / N                        loss; N (dapo): all loss tokens of the optimiser step
 
 Four policies have a log-prob l for each sampled token: the current one, pi_old (at the start of the batch),
 pi_behaviour (which sampled the token, perhaps steps ago: the sampler recorded l_behaviour), and pi_ref (the base
 model, adapter off). pi_old and pi_behaviour are two policies as in decoupled PPO (Hilton et al., arXiv 2110.00641):
 r in (4) bounds how far one update goes, c in (5) corrects for who sampled.
 
-Why the clip does not act by default: with one minibatch and one epoch a batch takes one optimiser step. Then l_old is
-the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and min(A, A) = A; where A < 0,
-max(A, dual_clip A) = A, because dual_clip > 1. So neither clip nor dual clip changes anything. The gradient of r is
-that of l: REINFORCE with the weight c. From the second optimiser step on the same batch the clip can act.
+Why the clip does not act by default: with one minibatch and one epoch (the defaults of real models) a batch takes one
+optimiser step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
+min(A, A) = A; where A < 0, max(A, dual_clip A) = A, because dual_clip > 1. So neither clip nor dual clip changes
+anything. The gradient of r is that of l: REINFORCE with the weight c. From the second optimiser step on the same batch
+the clip can act.
 
 Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.14476); Dr. GRPO (2503.20783); dual clip
 (1912.09729); k3 (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html); truncated importance
@@ -95,7 +96,7 @@ class Group:
     """The trajectories of one task, with their rewards and advantages."""
     task: object
     trajectories: list[Trajectory]
-    step: int                                       # optimiser step at which it was sampled
+    step: int                                       # of the training loop, at which it was sampled
     rewards: list[Reward] = field(default_factory=list)
     advantages: list[float | None] | None = None    # None: no signal; None for one trajectory: unjudged
     std: float = 0.0                                # of the rewards
@@ -383,7 +384,7 @@ def update(
         minibatches.append(micro_batches(batch, rows, cfg.token_budget, policy.device, shared))
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
     with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
-        for k in range(cfg.minibatches):
+        for k in range(cfg.minibatches):                # halving: tries again with less after an out-of-memory
             halving(lambda m: score(policy, m, cfg, temperature), minibatches, k, stats)
         for k in list(range(cfg.minibatches)) * cfg.epochs:
             trajectories = sum(len(micro.rows) for micro in minibatches[k])

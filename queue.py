@@ -5,19 +5,18 @@ Read in this order: `SampleQueue.admit` (what enters), `priority` (what is drawn
 
 Two things to know before reading:
 
-1. **The name.** The user's file list calls this file `queue.py`, which hides the standard library's `queue` from
+1. **The rule is ours.** Tool-R1 (arXiv 2509.12867) keeps high-quality trajectories in a queue and replays them, but
+   its exact rule is not known to us. Ours: whole groups, each with the advantages of its own group (an advantage
+   means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses).
+   The paper says that the queue saves costly online samples. No study here has shown that for this rule yet.
+
+2. **The name.** The user's file list calls this file `queue.py`, which hides the standard library's `queue` from
    every `import queue` of a process started in this folder, torch's and requests' included. So this module is a
    *superset*: it loads the standard module and re-exports its names, the very same objects (`queue.Full` stays one
    class, also when pickled). Where the standard module was imported first (pytest, notebooks, debuggers, some
    spawned workers), Python never looks for this file; machinery/sample_queue.py then runs it, and the last lines below
    hand `SampleQueue` to the standard module. Either way `from queue import SampleQueue` works afterwards. Hence:
    nothing but the standard library may be imported here.
-
-2. **The rule is ours.** Tool-R1 (arXiv 2509.12867) keeps high-quality trajectories in a queue and replays them, but
-   its exact rule is not known to us. Ours: whole groups, each with the advantages of its own group (an advantage
-   means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses).
-
-The paper says that the queue saves costly online samples. No study here has shown that for this rule yet.
 """
 import sys
 import sysconfig
@@ -49,13 +48,13 @@ class Entry:
     """One group in the queue."""
     group: Any        # opaque here; train.py stores a Group: trajectories with their behaviour log-probs, advantages
     spread: float     # standard deviation of the group's rewards: how much there is to learn from it
-    step: int         # optimiser step at which it was sampled
+    step: int         # step of the training loop at which it was sampled
     order: int        # admission number: breaks ties (a sort of (score, group) pairs would compare groups)
     uses: int = 1     # updates it took part in; the first one is the update right after it was sampled
 
 
 class SampleQueue:
-    """A deque of groups with priorities. Ages are counted in optimiser steps.
+    """A deque of groups with priorities. Ages are counted in steps of the training loop.
 
     capacity: groups kept; half_life: steps in which a priority halves; max_age: steps after which a group is
     dropped; max_uses: updates a group may take part in; max_off_policy: a group is dropped once more than this

@@ -58,7 +58,7 @@ class Trajectory:
     task_id: str
     sample: int                 # index in its group
     seed: int                   # of the rollout; seed, task_id and sample fix the random stream
-    ids: list[int]              # the last one is the last sampled token
+    ids: list[int]              # the last one is the last sampled token, if there is one
     mask: list[int]             # 1 = sampled, also the token that ends a turn; 0 = prompt, observation, template
     logps: list[float]          # log pi(token) of the behaviour policy at the sampling temperature (greedy: at 1)
     prompt_length: int

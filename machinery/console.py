@@ -162,7 +162,7 @@ def show_probe(run, groups: Sequence):
     signal = sum(g.advantages is not None for g in groups) / len(groups)
     run.say(f"groups with signal {signal:.2f}, tokens per trajectory "
             f"{fmean(len(t.ids) for t in trajectories):.0f} (sampled {fmean(sum(t.mask) for t in trajectories):.0f})")
-    batches = cfg.steps * run.groups / cfg.probe
+    batches = cfg.steps * run.rank_groups / cfg.probe
     hours = {phase: run.clock[phase] * batches / 3600 for phase in ("sampling", "judging", "update")}
     run.say(f"a run of {cfg.steps} steps: " + ", ".join(f"{phase} {h:.2f} h" for phase, h in hours.items())
             + f", in all {sum(hours.values()):.2f} h, evaluations apart")
