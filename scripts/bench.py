@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from machinery.memory import memory
 from policy import QWEN25, Policy, Preset, head_size, model_config, never_repack, new_adapter
@@ -31,11 +31,12 @@ import bitsandbytes as bnb      # after policy, which quiets its import
 import grpo
 import rollout
 from machinery import engine
+from machinery.head import head_logps
 from executor import Executor, Limits
 from machinery.cli import OneLineParser, exit_status
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from naive_update import naive_logps, naive_update, random_batch
+from naive_update import naive_logps, naive_update, random_batch, siblings
 from oracle import oracle
 from scripted import Workload, scripted
 
@@ -223,7 +224,7 @@ def bench_update(args) -> dict:
     head, mask = base.lm_head.weight, whole.mask[:, 1:]
     rows, sampled = mask.nonzero(as_tuple=True), whole.ids[:, 1:][mask]
     ways = {
-        "head": lambda: grpo.HeadLogps.apply(hidden[rows], head, sampled, 1.0, 2**26 // len(head))[0].sum().backward(),
+        "head": lambda: head_logps(base, hidden[rows], sampled, 1.0)[0].sum().backward(),
         "head, naive": lambda: naive_logps(hidden, head, whole.ids)[mask].sum().backward(),
         "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss,
         "update, naive": lambda: naive_update(policy, optimizer, batch, cfg)}
@@ -242,9 +243,32 @@ def bench_update(args) -> dict:
         print(f"{name:<16}{gib[name]:>7.2f} GiB{seconds[name]:>8.2f} s{sum(lengths) / seconds[name]:>8.0f} tokens/s")
     figures = {"head_memory_ratio": gib["head, naive"] / gib["head"],
                "update_memory_ratio": gib["update, naive"] / gib["update"],
-               "time_ratio": seconds["update"] / seconds["update, naive"]}
+               "time_ratio": seconds["update"] / seconds["update, naive"], **bench_prefix_tree(args.quick)}
     print_figures(figures)
     return figures | {"tokens_per_second": sum(lengths) / seconds["update"], "gib": gib, "seconds": seconds}
+
+
+def bench_prefix_tree(quick: bool) -> dict:
+    """The padded update over the one in which every distinct prefix is computed once: time and memory.
+
+    SmolLM2-135M's shape with random weights: 4 groups of 8 with a common system prompt of 350 tokens, questions of 30,
+    80 sampled. quick: a small shape and short texts.
+    """
+    config = SMALL if quick else LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True)
+    network = new_adapter(AutoModelForCausalLM.from_config(config).requires_grad_(False))
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    policy = as_policy(network.eval())
+    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)
+    batch = siblings(config.vocab_size, *((70, 6, 16) if quick else (350, 30, 80)))
+    results = [peak_memory("cpu", lambda plain=plain: grpo.update(
+        policy, optimizer, batch, grpo.GRPOConfig(), plain=plain).loss) for plain in (True, False)]
+    gib, seconds, losses = zip(*results)
+    if abs(losses[0] - losses[1]) > 1e-5:
+        raise AssertionError("the two updates have different losses")
+    memory_ratio = {} if quick else {"prefix_tree_memory_ratio": gib[0] / gib[1]}   # small tensors are lost in noise
+    return {"prefix_tree_ratio": seconds[0] / seconds[1], "prefix_tree_seconds": seconds[1]} | memory_ratio
 
 
 def bench_real_shape(args) -> dict:
