@@ -192,8 +192,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
                 dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK) -> Policy:
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
-    quantize: see in_nf4. dtype: of the base; default: bf16 on a GPU from 50 million parameters on, else fp32. The GPU is torch's
-    current one. UserError for whatever a user can get wrong.
+    quantize: see in_nf4. dtype: of the base; default: bf16 on a GPU from 50 million parameters on, else fp32. The GPU
+    is torch's current one. UserError for whatever a user can get wrong.
     """
     name, config, on_gpu = resolve_model(model), model_config(model), torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -209,7 +209,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
         dtype = torch.bfloat16 if on_gpu and parameters >= 50e6 else torch.float32
     if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx, A-series and newer cards can")
+        raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
     base = load_base(name, nf4, device, dtype, away)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
