@@ -197,9 +197,9 @@ def constant(lengths, tokens: float, sequences: float, token_limit: int) -> torc
 class Loss(NamedTuple):
     """One estimator. Another one is another row of LOSSES.
 
-    advantage: (deviations R_i - mean R of a group, their std) -> advantages. normaliser: N in (8) for each trajectory,
-    (B, 1), from lengths (B, 1), its loss tokens, and from the loss tokens and sequences of the WHOLE optimiser step
-    on all ranks, never of a micro-batch. clip: eps_low, eps_high.
+    advantage: (deviations R_i - mean R of a group, their std or std_floor) -> advantages. normaliser: N in (8) for
+    each trajectory, (B, 1), from lengths (B, 1), its loss tokens, and from the loss tokens and sequences of the WHOLE
+    optimiser step on all ranks, never of a micro-batch. clip: eps_low, eps_high.
     """
     advantage: Callable[[list[float], float], list[float]]
     normaliser: Callable[..., torch.Tensor]

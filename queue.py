@@ -10,9 +10,9 @@ Two things to know before reading:
    means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses).
    The paper says that the queue saves costly online samples. No study here has shown that for this rule yet.
 
-2. **The name.** The user's file list calls this file `queue.py`, which hides the standard library's `queue` from
-   every `import queue` of a process started in this folder, torch's and requests' included. So this module is a
-   *superset*: it loads the standard module and re-exports its names, the very same objects (`queue.Full` stays one
+2. **The name.** The project's fixed list of files calls this one `queue.py`, which hides the standard library's
+   `queue` from every `import queue` of a process started in this folder, torch's and requests' included. So this
+   module is a *superset*: it loads the standard module and re-exports its names, the very same objects (`queue.Full` stays one
    class, also when pickled). Where the standard module was imported first (pytest, notebooks, debuggers, some
    spawned workers), Python never looks for this file; machinery/sample_queue.py then runs it, and the last lines below
    hand `SampleQueue` to the standard module. Either way `from queue import SampleQueue` works afterwards. Hence:
@@ -58,7 +58,7 @@ class SampleQueue:
 
     capacity: groups kept; half_life: steps in which a priority halves; max_age: steps after which a group is
     dropped; max_uses: updates a group may take part in; max_off_policy: a group is dropped once more than this
-    share of its sampled tokens is off-policy (|l_old - l_behaviour| > log(1 + eps_high)).
+    share of its trajectories' tokens, on average, is off-policy (|l_old - l_behaviour| > log(1 + eps_high)).
     """
 
     def __init__(self, capacity: int, half_life: float, max_age: int, max_uses: int, max_off_policy: float):

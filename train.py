@@ -46,7 +46,7 @@ from tools import load_tools, open_web, preflight_table
 # ------------------------------------------------------------------------------------------------------- the loop
 def train(run: Run):
     """The method."""
-    finish_step(run)                                             # step 0: the evaluation before any update
+    finish_step(run)                                             # step 0: evaluate; resumed: the saved step
     while not run.ended:
         run.step += 1
         run.clock = console.Clock()
