@@ -12,11 +12,11 @@ Two things to know before reading:
 
 2. **The name.** The project's fixed list of files calls this one `queue.py`, which hides the standard library's
    `queue` from every `import queue` of a process started in this folder, torch's and requests' included. So this
-   module is a *superset*: it loads the standard module and re-exports its names, the very same objects (`queue.Full` stays one
-   class, also when pickled). Where the standard module was imported first (pytest, notebooks, debuggers, some
-   spawned workers), Python never looks for this file; machinery/sample_queue.py then runs it, and the last lines below
-   hand `SampleQueue` to the standard module. Either way `from queue import SampleQueue` works afterwards. Hence:
-   nothing but the standard library may be imported here.
+   module is a *superset*: it loads the standard module and re-exports its names, the very same objects
+   (`queue.Full` stays one class, also when pickled). Where the standard module was imported first (pytest, notebooks,
+   debuggers, some spawned workers), Python never looks for this file; machinery/sample_queue.py then runs it, and the
+   last lines below hand `SampleQueue` to the standard module. Either way `from queue import SampleQueue` works
+   afterwards. Hence: nothing but the standard library may be imported here.
 """
 import sys
 import sysconfig
