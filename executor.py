@@ -3,7 +3,7 @@
 Owns the limits of a session, the result of a *cell* (one execution of code in a session), the process that keeps the
 variables, the wire between it and the host, timeouts and the kill. machinery/sandbox.py isolates the processes and says
 what that covers; this file can be understood without it. Read in this order: `Limits`, `CellResult`, `Session` (a cell
-as the host sees it), `Executor`, the wire, `Runner` (a cell as seen inside). Nothing here knows of models or tasks.
+as the host sees it), `Executor`, `Runner` (a cell as seen inside). Nothing here knows of models or tasks.
 
   host: the trainer        supervisor: trusted       runner: one process, runs the model's code, cell after cell
   resume --------------->  lets the runner go on
@@ -23,9 +23,9 @@ import ast
 import builtins
 import inspect
 import io
-import json
 import linecache
 import os
+import secrets
 import select
 import shutil
 import socket
@@ -44,8 +44,9 @@ from traceback import TracebackException
 
 from machinery.cli import UserError
 from machinery.sandbox import PR_SET_DUMPABLE, SandboxError, Zygote, libc
+from machinery.wire import send_frame, take_frame
 
-MAX_FRAME, MAX_ANSWER = 8 << 20, 10_000         # bytes of a frame, characters kept of an answer
+MAX_ANSWER = 10_000                             # characters kept of an answer
 BROKEN_PROTOCOL = "crashed", "it broke the protocol between sandbox and host"
 
 
@@ -106,9 +107,12 @@ class Session(AbstractContextManager):
         self._start(self.files)
 
     def execute(self, code: str, seconds: float | None = None) -> CellResult:
-        """Run one cell of at most `seconds` plus the grace. Raises SessionLost, not for what code does."""
+        """Run one cell of at most `seconds` plus the grace. SessionLost: the session is closed.
+
+        What code does is never a host failure: once a session has started, whatever goes wrong in it is the cell's
+        result, crashed or killed (`_run`, the only place that decides this), or code could steer its reward."""
         with self._lock, self.executor.slots:           # the clock starts when a slot is free
-            if self._control is None:
+            if self._output.closed:
                 raise SessionLost("the session is closed")
             result, start = CellResult(), time.monotonic()
             self._deadline = start + (self.limits.seconds if seconds is None else seconds)
@@ -137,32 +141,40 @@ class Session(AbstractContextManager):
 
     def _run(self, code: str, result: CellResult) -> None:
         """Run the cell and fill in its result. Where it does not end in order, restart the session."""
-        self._output.truncate(0)
-        self._output.seek(0)                            # runner and host share the file's position
         try:
-            self._control.send(b"resume")
-            send_frame(self._wire, {"run": code})
-            end = self._listen(result)
+            self._output.truncate(0)
+            self._output.seek(0)                        # runner and host share the file's position
+            if self._control is None:
+                raise CellLost("crashed", "it could not run: the last restart failed")
+            end = self._listen(code, result)
             late = self.seconds_left() == 0.0
             self._control.send(b"pause")
             self._report()
-        except (CellLost, OSError) as lost:
+        except Exception as lost:                       # not only what we expect: see `execute`
             result.status, reason = lost.args if isinstance(lost, CellLost) else ("crashed", "its process is gone")
             if self.seconds_left() == 0.0:
                 result.status = "killed"
             note = f"{reason}. {self._restart()}"
         else:
             result.value, result.error = (
-                end[key] and cut(end[key], self.limits.output_chars) for key in ("value", "error"))
+                end[key] and cut(valid(end[key]), self.limits.output_chars) for key in ("value", "error"))
             result.status = "timeout" if late else "ok" if end["end"] == "ok" else "error"
             note = "its time was up. Variables set so far are kept." if late else None
         result.output = self._read_output()
         if note:
             result.error = f"{result.error or ''}[{result.status}: {note}]"
 
-    def _listen(self, result: CellResult) -> dict:
-        """Serve the cell until its `end` frame. When its time is up, interrupt it every 0.1 s; then give up."""
-        interrupts = 0
+    def _listen(self, code: str, result: CellResult) -> dict:
+        """Have the code run; serve it until its `end`. When its time is up, interrupt it every 0.1 s; then give up.
+
+        A frame counts only if it bears the cell's token: what was written before the cell began cannot."""
+        interrupts, token = 0, secrets.token_hex(8)
+        self._inbox.clear()
+        with suppress(BlockingIOError):                 # all is stopped: what the last cell has left ends here
+            while os.read(self._wire.fileno(), 1 << 20):
+                pass
+        self._control.send(b"resume")
+        send_frame(self._wire, {"run": code, "token": token})
         while True:
             now, next_interrupt = time.monotonic(), self._deadline + 0.1 * interrupts
             if now >= self._deadline + 0.7 * self.limits.grace:
@@ -183,12 +195,14 @@ class Session(AbstractContextManager):
                 elif ready:
                     self._report()
                 continue
+            if frame.pop("token", None) != token:
+                raise CellLost(*BROKEN_PROTOCOL)
             match frame:
                 case {"call": str(), "id": int(), "args": list(), "kwargs": dict(), **more} if not more:
                     self._call(frame, result)
                 case {"answer": str(answer), "id": int(number), **more} if not more:
                     if not result.answered:
-                        result.answered, result.answer = True, answer[:MAX_ANSWER]
+                        result.answered, result.answer = True, valid(answer[:MAX_ANSWER])
                     send_frame(self._wire, {"reply": number, "value": None, "error": None})
                 case {"end": str(), "value": str() | None, "error": str() | None, **more} if not more:
                     return frame
@@ -231,15 +245,17 @@ class Session(AbstractContextManager):
 
     def _restart(self) -> str:
         """A new runner in the same directory. Returns what the model reads."""
-        self._wire.close()
         try:
+            self._wire.close()
             self._start_runner()
-        except OSError:                                 # the supervisor is gone, too: a whole new session
+        except Exception:                               # the supervisor is gone, too: a whole new session
             self._stop()
+            try:
+                self._start(self.files if self.workdir is None else {})     # "none": the directory is still there
+            except Exception as error:                  # the next cell tries again
+                return f"{error}. Variables are lost."
             if self.workdir is None:
-                self._start(self.files)
                 return "The session was restarted: variables and files are lost, attachments are as at the start."
-            self._start({})                             # sandbox "none": the directory does not depend on processes
         return "The session was restarted: variables are lost, files in the working directory are kept."
 
     def _read_output(self) -> str:
@@ -333,38 +349,9 @@ class Executor(AbstractContextManager):
         self.close()
 
 
-# --- the wire: 4 bytes of length, then JSON ---
-
-def plain(value):
-    """JSON for numpy's scalars and arrays; anything else is refused."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-ENCODER, DECODER = json.JSONEncoder(allow_nan=False, default=plain), json.JSONDecoder()
-
-
-def send_frame(sock: socket.socket, frame: dict) -> None:
-    """Sends nothing but raises TypeError, ValueError or RecursionError for what is not JSON, or too large."""
-    data = ENCODER.encode(frame).encode()
-    if len(data) > MAX_FRAME:
-        raise ValueError(f"{len(data):,} bytes are more than {MAX_FRAME:,}")
-    sock.sendall(len(data).to_bytes(4, "big") + data)
-
-
-def take_frame(inbox: bytearray) -> dict | None:
-    """Take the first frame out of the inbox, None while incomplete. ValueError, RecursionError: no frame."""
-    end = 4 + int.from_bytes(inbox[:4], "big")
-    if end > 4 + MAX_FRAME and len(inbox) >= 4:
-        raise ValueError("too large")
-    if len(inbox) < end:
-        return None
-    frame = DECODER.decode(inbox[4:end].decode())
-    del inbox[:end]
-    if not isinstance(frame, dict):
-        raise ValueError("not a frame")
-    return frame
+def valid(text: str) -> str:
+    """The text with "?" for halves of surrogate pairs, which JSON can carry, but no file."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def cut(text: str, limit: int) -> str:
@@ -384,6 +371,7 @@ def run_cells(wire: socket.socket, output: int, setup: dict) -> None:
         while True:
             frame = runner.read()
             if "run" in frame:                          # else a reply that came too late for its call
+                runner.token = frame["token"]
                 runner.run(frame["run"])
     finally:
         _exit(1)
@@ -394,7 +382,7 @@ class Runner:
 
     def __init__(self, wire: socket.socket, output: int, setup: dict):
         self.wire, self.output, self.setup, self.inbox = wire, output, setup, bytearray()
-        self.cell = self.calls = 0
+        self.cell, self.calls, self.token = 0, 0, ""    # the token that the host gave to this cell
         self.pid, self.in_cell, self.armed = getpid(), False, False     # armed: an interrupt raises
         sys.modules["__main__"] = self.main = types.ModuleType("__main__")
         sys.argv = [""]
@@ -430,7 +418,8 @@ class Runner:
             _exit(0)                                    # a child that the code has forked comes back here
         with self.lock:
             self.in_cell = False                        # from here on no thread may call
-            send_frame(self.wire, {"end": "error" if error else "ok", "value": value, "error": error})
+            send_frame(self.wire, {
+                "end": "error" if error else "ok", "value": value, "error": error, "token": self.token})
 
     def execute(self, code: str) -> str | None:
         """Run the code in the module __main__; returns the repr of a last bare expression."""
@@ -480,7 +469,7 @@ class Runner:
             self.calls += 1
             pthread_sigmask(SIG_BLOCK, {SIGINT})        # an interrupt would leave half a frame on the wire
             try:
-                send_frame(self.wire, frame | {"id": self.calls})
+                send_frame(self.wire, frame | {"id": self.calls, "token": self.token})
                 while (reply := self.read()).get("reply") != self.calls:
                     pass                                # the reply to a call that was interrupted
             except (TypeError, ValueError, RecursionError) as error:

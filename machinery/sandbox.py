@@ -57,7 +57,7 @@ def check(result: int, what: str) -> None:
 
 # The sandbox's Python imports these files from a zip archive in memory: the repository, which may hold answers, is not
 # visible inside. Every process down to the zygote inherits the archive's descriptor.
-INSIDE = ("executor.py", "machinery/__init__.py", "machinery/cli.py", "machinery/sandbox.py")
+INSIDE = ("executor.py", "machinery/__init__.py", "machinery/cli.py", "machinery/sandbox.py", "machinery/wire.py")
 BOOT = "import sys; sys.path.insert(0, '/proc/self/fd/{}'); import executor; from machinery import sandbox; sandbox."
 
 

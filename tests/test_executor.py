@@ -109,6 +109,87 @@ def test_a_lost_cell_loses_variables_and_keeps_files(executor, end, status):
         assert session.execute("open('untouched').read(), os.getcwd() == os.environ['HOME']").value == "('given', True)"
 
 
+def ways_to_die():
+    """(name, code): every signal, exit codes, descriptors, limits, and what a restart may stumble on."""
+    for number in range(1, 65):
+        yield f"signal {number}", f"os.kill(os.getpid(), {number})"
+        if number % 8 == 0:
+            yield f"signal {number} in a thread", ("import threading\nthreading.Thread(target=lambda: os.kill("
+                                                   f"os.getpid(), {number})).start()\nimport time; time.sleep(0.1)")
+    for code in (0, 1, 2, 126, 127, 128, 137, 255, -1):
+        yield f"exit {code}", f"os._exit({code})"
+    for name, code in (("close all", "os.closerange(0, 256)"), ("close the wire", "os.closerange(3, 256)"),
+                       ("cover all", "n = os.open('/dev/null', 2)\nfor i in range(256): os.dup2(n, i)"),
+                       ("odd output", "import fcntl; fcntl.fcntl(1, fcntl.F_SETFL, os.O_DIRECT | os.O_APPEND)")):
+        yield name, code
+    for limit, value in (("AS", 1), ("DATA", 1), ("STACK", 1), ("CPU", 0), ("NOFILE", 0), ("FSIZE", 0), ("NPROC", 0)):
+        code = f"import resource as r; r.setrlimit(r.RLIMIT_{limit}, ({value}, {value})); x = [0] * 10**7"
+        yield f"limit {limit}", code
+    here = "import shutil; c = os.getcwd()\n"
+    yield "directory is a file", here + "os.chdir('/'); shutil.rmtree(c); open(c, 'w').close(); os._exit(1)"
+    yield "directory is a dead link", here + "os.chdir('/'); shutil.rmtree(c); os.symlink('/nowhere/a', c); os._exit(1)"
+    yield "directory is closed", "os.chmod('.', 0); os._exit(1)"
+    yield "huge tool call", "same('x' * (900 << 10)); same([[]] * 10**5); os._exit(1)"
+    yield "nested tool call", "l = []\nfor i in range(900): l = [l]\nsame(l)"
+    yield "halves of pairs", r"print('\ud800'); same('\ud800'); raise ValueError('\udfff')"
+
+
+def test_what_code_does_is_never_a_host_failure(executor):
+    """A model that could end in SessionLost could leave its reward, and with it a wrong answer given before."""
+    for name, code in ways_to_die():
+        with executor.session({"same": lambda value: value}) as session:
+            result = session.execute(f"import os; final_answer('wrong\\ud800')\n{code}", 0.5)
+            assert result.answer == "wrong?" and result.status in ("ok", "error", "timeout", "killed", "crashed"), name
+            (result.observation() + result.answer).encode()                 # nothing that a file could not hold
+            result = session.execute("1 + 1", 3.0)
+            if result.status != "ok":                                       # its limits, its pending signals
+                session.execute("import os; os._exit(0)")
+                result = session.execute("1 + 1", 3.0)
+            assert result.value == "2" or name.startswith("directory"), (name, result)
+    with pytest.raises(module.SessionLost):
+        session.execute("1")
+
+
+def test_a_session_without_a_process_is_the_cells_failure(executor, monkeypatch):
+    with executor.session() as session:
+        monkeypatch.setattr(executor.zygote, "fork_session", lambda *_: (_ for _ in ()).throw(OSError("no process")))
+        monkeypatch.setattr(session, "_start_runner", lambda: (_ for _ in ()).throw(OSError("no process")))
+        assert session.execute("final_answer(1); import os; os._exit(1)").status == "crashed"
+        assert session.execute("1").status == "crashed"
+        monkeypatch.undo()
+        assert "was restarted" in session.execute("1").error and session.execute("1").value == "1"
+
+
+# The runner's descriptor of the wire, and a way to write frames to it.
+WIRE = """import gc, json, os, struct, threading, time
+runner = next(o for o in gc.get_objects() if type(o).__name__ == 'Runner')
+def send(frame):
+    data = json.dumps(frame).encode()
+    os.write(runner.wire.fileno(), struct.pack('>I', len(data)) + data)
+end = {'end': 'ok', 'value': 'forged', 'error': None}
+answer = {'answer': 'forged', 'id': 1}
+token = {'token': runner.token} if hasattr(runner, 'token') else {}
+"""
+
+
+@pytest.mark.parametrize("frames", [
+    "for i in range(10): send(end)", "send(end | token); [send(end) for i in range(9)]",
+    "[send(end | token) for i in range(9)]", "send(end | token); send(answer | token)", "send(end); send(answer)",
+    "send(end | token); os.write(runner.wire.fileno(), b'\\0')"])
+def test_a_frame_counts_in_its_own_cell_only(executor, frames):
+    with executor.session() as session:
+        session.execute(WIRE + frames + "\ntime.sleep(0.1)")
+        for _ in range(8):
+            result = session.execute("1 / 0")
+            assert result.status in ("error", "crashed") and not result.answered and result.value is None
+
+
+def test_a_frame_of_nested_json_is_cheap_for_the_host():
+    inbox = bytearray((6 << 20).to_bytes(4, "big") + b"[" + b"[]," * ((6 << 20) // 3 - 1) + b"]")
+    with pytest.raises(ValueError):
+        module.take_frame(inbox)
+
+
 def test_a_removed_working_directory_is_made_again(executor):
     with executor.session(files={"a": b"1"}) as session:
         session.execute("import os, shutil; shutil.rmtree(os.getcwd())")

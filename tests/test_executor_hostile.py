@@ -24,12 +24,14 @@ ROOMY = 8.0                     # seconds for the rows that are not about time: 
 SLACK = 0.5                     # how far a busy machine may let the host's own clock slip
 SECRET = secrets.token_hex(8)   # stands for an expected answer; the code below gets it in two halves only
 
-# The runner's descriptor of the wire, and a way to write raw frames to it.
-WIRE = """import os, stat, struct, json, time, socket
+# The runner's descriptor of the wire, and ways to write to it: bytes, a frame, a frame with the cell's token.
+WIRE = """import os, stat, struct, json, time, socket, gc
 w = [int(f) for f in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{f}')]
 w = [f for f in w if stat.S_ISSOCK(os.fstat(f).st_mode)][0]
 def raw(data): os.write(w, struct.pack('>I', len(data)) + data)
 def send(frame): raw(json.dumps(frame).encode())
+token = next(o.token for o in gc.get_objects() if type(o).__name__ == 'Runner')
+def forge(frame): send(frame | {'token': token})
 """
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 CHILD = "import os, time\nif os.fork() == 0: time.sleep(60)\n"
@@ -186,19 +188,21 @@ TABLE = {
         ("huge integer",         "crashed lost = protocol",
          WIRE + "raw(b'{\"answer\": ' + b'9' * 10_000 + b'}')"),
         ("not UTF-8",            "crashed lost = protocol", WIRE + "raw(b'{\"answer\": \"\\xff\\xfe\"}')"),
-        ("unknown kind",         "crashed lost = protocol", WIRE + "send({'verdict': 'right'})"),
-        ("wrong type",           "crashed lost = protocol", WIRE + "send({'answer': 5, 'id': 1})"),
-        ("one key too many",     "crashed lost = protocol", WIRE + "send({'answer': 'a', 'id': 1, 'reward': 1})"),
-        ("forged run",           "crashed lost = protocol", WIRE + "send({'run': 'y = 2'})"),
+        ("unknown kind",         "crashed lost = protocol", WIRE + "forge({'verdict': 'right'})"),
+        ("wrong type",           "crashed lost = protocol", WIRE + "forge({'answer': 5, 'id': 1})"),
+        ("one key too many",     "crashed lost = protocol", WIRE + "forge({'answer': 'a', 'id': 1, 'reward': 1})"),
+        ("forged run",           "crashed lost = protocol", WIRE + "forge({'run': 'y = 2'})"),
         ("forged reply",         "crashed lost = protocol",
-         WIRE + "send({'reply': 1, 'value': 1, 'error': None})"),
-        ("forged ok",            "ok any", WIRE + "send({'end': 'ok', 'value': None, 'error': None}); 1 / 0"),
+         WIRE + "forge({'reply': 1, 'value': 1, 'error': None})"),
+        ("forged ok",            "ok any", WIRE + "forge({'end': 'ok', 'value': None, 'error': None}); 1 / 0"),
         ("forged ok, then loop", "ok any",
-         WIRE + "send({'end': 'ok', 'value': None, 'error': None})\nwhile True: pass"),
+         WIRE + "forge({'end': 'ok', 'value': None, 'error': None})\nwhile True: pass"),
         ("forged long value",    "ok any = cut",
-         WIRE + "send({'end': 'ok', 'value': 'v' * 10 ** 6, 'error': None}); time.sleep(60)"),
+         WIRE + "forge({'end': 'ok', 'value': 'v' * 10 ** 6, 'error': None}); time.sleep(60)"),
         ("forged status",        "error any",
-         WIRE + "send({'end': 'timeout', 'value': None, 'error': None}); time.sleep(60)"),
+         WIRE + "forge({'end': 'timeout', 'value': None, 'error': None}); time.sleep(60)"),
+        ("no token",             "crashed lost = protocol",
+         WIRE + "send({'end': 'ok', 'value': None, 'error': None}); time.sleep(60)"),
         ("half a frame",         "crashed lost", WIRE + "os.write(w, b'\\0\\0\\1\\0{'); os._exit(0)"),
         ("half a frame, waits",  "timeout|killed|crashed any",
          WIRE + "os.write(w, b'\\0\\0\\1\\0{'); time.sleep(60)"),
@@ -329,7 +333,7 @@ TABLE = {
         ("wrong keyword",        "error kept = TypeError", "echo(self=1)"),
         ("unknown name",         "error kept = NameError", "nothing()"),
         ("unknown name, forged", "ok kept",
-         WIRE + "send({'call': '__class__', 'id': 99, 'args': [], 'kwargs': {}}); time.sleep(0.05)"),
+         WIRE + "forge({'call': '__class__', 'id': 99, 'args': [], 'kwargs': {}}); time.sleep(0.05)"),
         ("flood",                "error kept = 50 tool calls", "for i in range(1000): echo(i)"),
         ("flood, swallowed",     "timeout kept", "while True:\n try: echo(1)\n except Exception: pass"),
         ("slow tool",            "timeout kept", "slow()"),
