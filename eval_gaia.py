@@ -32,7 +32,7 @@ from policy import Policy, load_policy
 from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, read_gaia
-from machinery.cli import OneLineParser, UserError, exit_status
+from machinery.cli import OneLineParser, UserError, claim_folder, exit_status
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
@@ -41,6 +41,7 @@ from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prom
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke
 CHUNK = 64                                       # trajectories that are sampled, then written, together
+LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")       # inherited from training
 
 
 # --------------------------------------------------------------------------------------------- one trajectory
@@ -296,26 +297,6 @@ def training_run(ckpt: Path | None) -> dict:
     return run | {"model": base}
 
 
-def sampling_of(run: dict, preset) -> dict:
-    """The limits that training had; without a training run, those of the model's preset."""
-    known = run["sampling"] or preset.settings
-    limits = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
-    return {name: known[name] for name in limits if name in known}
-
-
-def settle_out(out: Path, settings: dict) -> None:
-    """An evaluation with other settings in `out` is moved aside; one with the same settings goes on."""
-    stored = out / "settings.json"
-    if stored.is_file() and json.loads(stored.read_text()) != settings:
-        aside = next(f"{out}.{i}" for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
-        out.rename(aside)
-        print(f"{out} held another evaluation: it was moved to {aside}")
-    elif out.exists() and not stored.is_file() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty and holds no evaluation: name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(settings, indent=1))
-
-
 def parse_args(argv=None):
     p = OneLineParser(prog="eval_gaia.py", allow_abbrev=False, description="Evaluate on GAIA, or offline.")
     add = p.add_argument
@@ -350,7 +331,8 @@ def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
     """Load everything."""
     policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt)
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
-    sampling = Sampling(**sampling_of(run, policy.preset) | {"temperature": temperature})
+    known = run["sampling"] or policy.preset.settings       # the limits that training had, else the preset's
+    sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=temperature)
     web, log = open_web(args.cache), []
     offline = args.gaia_dir is None or policy.preset.prompt == "short"     # the tiny model knows no other tools
     builtin = BUILTIN_TOOLS if offline else load_tools("web", web)
@@ -424,7 +406,10 @@ def command(args) -> None:
     tasks = choose_tasks(args, tasks)
     with Executor(args.sandbox) as executor:
         evaluation = prepare(args, run, tasks)
-        settle_out(args.out, settings_of(evaluation, run))
+        settings, stored = settings_of(evaluation, run), args.out / "settings.json"
+        if not stored.is_file() or json.loads(stored.read_text()) != settings:      # with the same ones it goes on
+            claim_folder(args.out, "settings.json", "evaluation")
+            stored.write_text(json.dumps(settings, indent=1))
         announce(evaluation, executor.sandbox)
         try:
             records = evaluate(evaluation, executor)
