@@ -5,14 +5,13 @@
     python eval_gaia.py --model Qwen2.5-7B --gaia-dir GAIA --out base
     python eval_gaia.py --compare base eval_out                 # paired: which questions were gained and lost
 
-Owns the choice of questions and settings, the loop, which can be interrupted, and the figures. Trajectories come from
-the same `rollout` as in training. --out holds settings.json, trajectories.jsonl (one line per question and sample),
-results.json, and with --export submission.jsonl for the leaderboard.
-Reading order: evaluate (the loop) -> record_of, category_of -> summary (the figures) -> compare -> prepare, command.
+Owns the choice of questions and settings, the loop, which can be interrupted, and the figures; `rollout` is that of
+training. --out holds settings.json, trajectories.jsonl (a line per question and sample), results.json, and with
+--export submission.jsonl for the leaderboard. Read in this order: evaluate, record_of, summary, compare, command.
 
 Rules: the official score decides; heuristic and LLM judge stand beside it. Shares are of all chosen questions. Where
-the host failed, the question is sampled again; if the host fails every time, the answer is missing, and counts as
-wrong. GAIA's test split has no public answers: it is exported, not scored.
+the host failed every time, the answer is missing, and counts as wrong. GAIA's test split has no public answers: it is
+exported, not scored.
 """
 import hashlib
 import itertools
@@ -23,7 +22,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 
 from tqdm import tqdm
 
@@ -181,11 +180,11 @@ def agreement(records: list[dict]) -> dict:
 
 def vote(records: list[dict]) -> bool:
     """maj@k: whether the answer that most samples of a question gave is right; of equally frequent ones, the first."""
-    answered = [(clean(r["answer"]), r["official"]) for r in records if r["answer"] is not None]
-    if not answered:
+    votes = [(clean(r["answer"]), r["official"]) for r in records if r["answer"] is not None]
+    if not votes:
         return False
-    winner = Counter(answer for answer, _ in answered).most_common(1)[0][0]
-    return next(official for answer, official in answered if answer == winner)
+    winner = mode(answer for answer, _ in votes)
+    return next(official for answer, official in votes if answer == winner)
 
 
 def summary(records: list[dict], samples: int) -> dict:
@@ -266,12 +265,8 @@ def choose_tasks(args, tasks: list[Task]) -> list[Task]:
     """Those that the flags ask for. UserError if none is left."""
     if unknown := set(args.ids or []) - {task.id for task in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
-    if args.ids:
-        tasks = [task for task in tasks if task.id in args.ids]
-    if args.levels:
-        tasks = [task for task in tasks if task.level in args.levels]
-    if args.text_only:
-        tasks = [task for task in tasks if not task.files]
+    tasks = [task for task in tasks if (not args.ids or task.id in args.ids)
+             and (not args.levels or task.level in args.levels) and not (args.text_only and task.files)]
     tasks = tasks[:args.limit]
     if not tasks:
         raise UserError("no question is left: see --levels, --ids, --text-only, --limit")
@@ -328,7 +323,6 @@ def parse_args(argv=None):
 
 
 def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
-    """Load everything."""
     policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt)
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
     known = run["sampling"] or policy.preset.settings       # the limits that training had, else the preset's
