@@ -19,7 +19,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from machinery.cli import UserError, flag_name
+from machinery.cli import UserError, claim_folder, flag_name
 from machinery.ranks import barrier, everyone
 from policy import save_adapter
 
@@ -68,17 +68,6 @@ def write_synced(path: Path, text: str):
         os.fsync(file.fileno())
 
 
-def new_folder(out: Path):
-    """Make the folder of a run. An older run in it is moved aside: nothing is ever overwritten."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / "run.json").exists():
-            raise UserError(f"--out {out} is not empty and holds no run of train.py: name another folder")
-        free = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
-        out.rename(f"{out}.{free}")
-        print(f"{out} held another run: it was moved to {out}.{free}")
-    (out / "best").mkdir(parents=True)
-
-
 def cpu_seconds(run) -> float:
     t = os.times()
     return run.cpu_seconds + t.user + t.system + t.children_user + t.children_system
@@ -89,8 +78,9 @@ def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
     if run.main:
         with writing(run.out):
-            new_folder(run.out)
-            for folder in (run.out, run.out / "best"):           # run.json first: new_folder knows a run by it
+            claim_folder(run.out, "run.json", "run")
+            (run.out / "best").mkdir()
+            for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it
                 write_synced(folder / "run.json", json.dumps(inherited, indent=1))
                 save_adapter(run.policy, folder)
     save(run)

@@ -4,10 +4,12 @@ Bad input ends with one clear line and exit status 2, Ctrl-C with 130. Owns `Use
 `parse_settings`.
 """
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 
@@ -33,6 +35,18 @@ def exit_status(command: Callable[[], None]) -> int:
         print(": ".join(["\ninterrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
+
+
+def claim_folder(out: Path, mark: str, what: str):
+    """Make the folder of a new run or evaluation. An older one in it, known by its file `mark`, is moved aside: nothing
+    is ever overwritten."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / mark).exists():
+            raise UserError(f"--out {out} is not empty and holds no {what}: name another folder")
+        aside = next(f"{out}.{i}" for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
+        out.rename(aside)
+        print(f"{out} held another {what}: it was moved to {aside}")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 # ------------------------------------------------------------------------------------- settings: a dataclass of options

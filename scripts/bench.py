@@ -41,6 +41,29 @@ from oracle import oracle
 from scripted import Workload, scripted
 
 
+def measured(device: torch.device, work) -> tuple[object, dict]:
+    """(work(), its figures): seconds, GiB at the peak, and GiB at the peak above what was held before. On the CPU:
+    processor seconds, as other programs do not count, and the memory that the kernel counts for this process."""
+    gpu = device.type == "cuda"
+
+    def gib(name: str, counter) -> float:
+        if gpu:
+            return counter() / 2**30
+        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    gc.collect()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")       # VmHWM, the peak of VmRSS, begins again
+    held, wall, cpu = gib("VmRSS", torch.cuda.memory_allocated), time.perf_counter(), time.process_time()
+    result = work()
+    if gpu:
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = gib("VmHWM", torch.cuda.max_memory_allocated)
+    return result, {"seconds": wall if gpu else cpu, "wall_s": wall, "peak_gib": peak, "gib": peak - held}
+
+
 # ------------------------------------------------------------------------------------------------ the rollout
 # (--workload, --quick) -> groups, turns, tokens sampled and observed, of the prompt, context, slots
 WORKLOADS = {("w", False): Workload(8, 4, (20, 150), (50, 300), 700, 2048, (32, 64)),
@@ -83,36 +106,19 @@ def run_engine(model, work: Workload, slots: int, latency=(0.0, 0.0)) -> dict:
     episodes = scripted(work, model.config.vocab_size, latency)
     with engine.sampling_mode(model, deterministic=False):
         sampler = engine.Engine(model, slots, work.context, 1.0, [], rollout.sample_tokens)
-        start = Stopwatch(model)
-        out = list(sampler.sample(episodes))
-        figures = start.figures(sampler.sampled)
+        out, figures = measured(model.device, lambda: list(sampler.sample(episodes)))
     # every token once, a prompt once per group, and the last token of a trajectory never
     minimum = sum(len(ids) - 1 - work.prompt for _, ids, *_ in out) + work.groups * work.prompt
-    return figures | {"slots": slots, "steps": sampler.ticks, "idle_share": sampler.idle / figures["wall_s"],
+    return figures | {"sampled": sampler.sampled, "tokens_per_s": sampler.sampled / figures["seconds"],
+                      "slots": slots, "steps": sampler.ticks, "idle_share": sampler.idle / figures["wall_s"],
                       "forwarded_over_minimum": sampler.forwarded / minimum, "out": out}
 
 
 def run_oracle(model, work: Workload, batch: int) -> dict:
     episodes, never = scripted(work, model.config.vocab_size), np.zeros(model.config.vocab_size, dtype=bool)
-    start = Stopwatch(model)
-    out = list(oracle(model, episodes, work.context, 1.0, never, batch))
-    return start.figures(sum(sum(mask) for _, _, mask in out)) | {"batch": batch}
-
-
-class Stopwatch:
-    """Wall seconds on a GPU. On the CPU processor seconds of the one thread: other programs do not count."""
-
-    def __init__(self, model):
-        self.gpu = model.device.type == "cuda"
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def figures(self, sampled: int) -> dict:
-        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        seconds = wall if self.gpu else cpu
-        peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.gpu else {}
-        return {"seconds": seconds, "wall_s": wall, "sampled": sampled, "tokens_per_s": sampled / seconds} | peak
+    out, figures = measured(model.device, lambda: list(oracle(model, episodes, work.context, 1.0, never, batch)))
+    sampled = sum(sum(mask) for _, _, mask in out)
+    return figures | {"sampled": sampled, "tokens_per_s": sampled / figures["seconds"], "batch": batch}
 
 
 @torch.no_grad()
@@ -185,23 +191,6 @@ def print_figures(figures: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the update
-def peak_memory(device: str, work) -> tuple[float, float, object]:
-    """(GiB at the peak above what was held before, seconds, work()). On the CPU: what the kernel counts for this
-    process, and processor seconds."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before, began, result = torch.cuda.memory_allocated(), time.perf_counter(), work()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30, time.perf_counter() - began, result
-
-    def gib(name: str) -> float:
-        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")       # VmHWM, the peak of VmRSS, begins again
-    before, began, result = gib("VmRSS"), time.process_time(), work()
-    return gib("VmHWM") - before, time.process_time() - began, result
-
-
 def as_policy(network) -> Policy:
     return Policy(network, None, network.device, "random weights", Preset())
 
@@ -229,15 +218,15 @@ def bench_update(args) -> dict:
         "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss,
         "update, naive": lambda: naive_update(policy, optimizer, batch, cfg)}
     for way in ways.values():
-        peak_memory(device.type, way)                           # warms up
+        measured(device, way)                                   # warms up
     found = {name: [] for name in ways}
     for _ in range(1 if args.quick else 2):
         for name, way in ways.items():
-            found[name].append(peak_memory(device.type, way))
-    if abs(found["update"][0][2] - found["update, naive"][0][2]) > 1e-4:
+            found[name].append(measured(device, way))
+    if abs(found["update"][0][0] - found["update, naive"][0][0]) > 1e-4:
         raise AssertionError("the two updates have different losses")
-    gib = {name: max(memory for memory, _, _ in results) for name, results in found.items()}
-    seconds = {name: min(duration for _, duration, _ in results) for name, results in found.items()}
+    gib = {name: max(f["gib"] for _, f in results) for name, results in found.items()}
+    seconds = {name: min(f["seconds"] for _, f in results) for name, results in found.items()}
     print(f"{len(batch)} trajectories, {sum(lengths)} tokens, {len(sampled)} sampled, vocabulary 152064, {device}")
     for name in ways:
         print(f"{name:<16}{gib[name]:>7.2f} GiB{seconds[name]:>8.2f} s{sum(lengths) / seconds[name]:>8.0f} tokens/s")
@@ -262,13 +251,13 @@ def bench_prefix_tree(quick: bool) -> dict:
     policy = as_policy(network.eval())
     optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)
     batch = siblings(config.vocab_size, *((70, 6, 16) if quick else (350, 30, 80)))
-    results = [peak_memory("cpu", lambda plain=plain: grpo.update(
+    (padded_loss, padded), (loss, tree) = [measured(network.device, lambda plain=plain: grpo.update(
         policy, optimizer, batch, grpo.GRPOConfig(), plain=plain).loss) for plain in (True, False)]
-    gib, seconds, losses = zip(*results)
-    if abs(losses[0] - losses[1]) > 1e-5:
+    if abs(padded_loss - loss) > 1e-5:
         raise AssertionError("the two updates have different losses")
-    memory_ratio = {} if quick else {"prefix_tree_memory_ratio": gib[0] / gib[1]}   # small tensors are lost in noise
-    return {"prefix_tree_ratio": seconds[0] / seconds[1], "prefix_tree_seconds": seconds[1]} | memory_ratio
+    memory_ratio = {} if quick else {"prefix_tree_memory_ratio": padded["gib"] / tree["gib"]}    # small ones are noise
+    return {"prefix_tree_ratio": padded["seconds"] / tree["seconds"], "prefix_tree_seconds": tree["seconds"],
+            **memory_ratio}
 
 
 def bench_real_shape(args) -> dict:
@@ -291,15 +280,14 @@ def bench_real_shape(args) -> dict:
         del plan["runtime: CUDA context, fragmentation"]
         work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens)
         batch, cfg = random_batch(vocabulary, [tokens] * 2), grpo.GRPOConfig(token_budget=tokens)
-        phases = {"sampling": lambda work=work: run_engine(network, work, slots)["seconds"],
-                  "update": lambda batch=batch, cfg=cfg: grpo.update(policy, optimizer, batch, cfg).loss}
-        for column, (phase, action) in enumerate(phases.items()):
-            planned = sum(part[column] for part in plan.values())
-            held = plan["weights"][0] + plan["adapter, gradients, 8-bit optimiser"][0]      # no gradients yet
-            held = torch.cuda.memory_allocated() / 2**30 if gpu else held
-            gib, seconds, _ = peak_memory(network.device.type, action)
-            figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": held + gib, "planned": planned}
-            print(f"{tokens} tokens, {phase}: {seconds:.1f} s, peak {held + gib:.2f} GiB, planned {planned:.2f}")
+        sampling = run_engine(network, work, slots)
+        _, updating = measured(network.device, lambda b=batch, cfg=cfg: grpo.update(policy, optimizer, b, cfg).loss)
+        held = plan["weights"][0] + plan["adapter, gradients, 8-bit optimiser"][0]          # no gradients yet
+        for column, (phase, found) in enumerate({"sampling": sampling, "update": updating}.items()):
+            planned, seconds = sum(part[column] for part in plan.values()), found["seconds"]
+            gib = found["peak_gib"] if gpu else held + found["gib"]
+            figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": gib, "planned": planned}
+            print(f"{tokens} tokens, {phase}: {seconds:.1f} s, peak {gib:.2f} GiB, planned {planned:.2f}")
     return figures
 
 
