@@ -9,9 +9,7 @@ The world is a made-up atlas. Every fact is computed from the name of its entity
 hash also puts every name and number on one of two sides: training tasks use one, held-out tasks the other. What the
 atlas says of an entity lies on the same side as its name. So the splits share neither entities nor values.
 
-Families: the built-in tiny model can learn CORE. HARD is mostly beyond it (arithmetic and dates in ranges that
-training never shows; which of several towns is the largest). Both are trained on and reported.
-
+Families: the built-in tiny model can learn CORE. HARD is mostly beyond it. Both are trained on and reported.
 Difficulty: 0 is for the tiny model (one to three turns), 1 to 3 for models that can read. Each unit puts one more
 "the twin town of" before every town, and adds terms to sums, 30 rows and two columns to tables. From 1 on, tables
 are asked with a condition; from 2 on, they have empty cells.
