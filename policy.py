@@ -1,8 +1,7 @@
 """The policy: a frozen language model, a LoRA adapter on it, and all that depends on the model's size.
 
-Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off), the
-defaults per size and the memory plan. Reading order: Preset, Policy, load_policy, save_adapter, memory, fit,
-plan_memory.
+Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off) and the
+defaults per size. Reading order: Preset, Policy, load_policy, save_adapter.
 
 QLoRA (arXiv 2305.14314) as built here: the blocks' linear layers in NF4 with double quantisation, embeddings,
 head and norms in bf16, the adapter in fp32 on all linear layers but the head, without dropout, so that
@@ -218,11 +217,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
 
 
 def save_adapter(policy: Policy, folder: Path):
-    """Adapter (safetensors) and tokenizer, for `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.
-
-    The file names the base by hub id, or by absolute path if it is a folder (as the built-in model is). On
-    another machine one names the base oneself, as `load_policy(model, adapter=folder)` always does.
-    """
+    """Adapter (safetensors) and tokenizer, for `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`. The file names
+    the base by hub id, or by absolute path if it is a folder; `load_policy` does not need that name."""
     policy.model.peft_config["default"].base_model_name_or_path = policy.name
     policy.model.save_pretrained(folder, save_embedding_layers=False)
     policy.tokenizer.save_pretrained(folder)

@@ -1,8 +1,7 @@
 """What a run writes, so that a kill at any moment loses nothing: checkpoints and logs.
 
 Owns `save` and `restore`, the published adapters (out/, out/best/), the lines of the logs, and the folder of a new run.
-`run` is train.Run, known here by its attributes alone. Read in this order: `save`, `restore`, the packing of the queue
-and of the optimiser.
+`run` is train.Run. Read in this order: `save`, `restore`, the packing of the queue and of the optimiser.
 
 out/state/step-N/ holds all of a step as safetensors and JSON (no pickle); the two newest are kept. A checkpoint is
 written into a folder `partial` and then renamed. It holds the lengths of the logs, which `restore` cuts back to them.
@@ -24,9 +23,8 @@ from machinery.ranks import barrier, everyone
 from policy import save_adapter
 
 PROGRESS = ("step", "position", "online", "best", "before", "pending")
-PER_TOKEN = ("ids", "mask", "logps")                 # of a trajectory: stored as tensors, left out of the text
-KINDS = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
+PER_TOKEN = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}    # stored as tensors, not as text
 
 
 @contextlib.contextmanager
@@ -47,15 +45,19 @@ def append(run, name: str, rows: list[dict]):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def light(trajectory) -> dict:
+    """A trajectory without what there is per token."""
+    return {k: v for k, v in trajectory.to_dict().items() if k not in PER_TOKEN}
+
+
 def log_trajectories(run, groups: list):
-    """Every trajectory as a line of trajectories.jsonl, without what there is per token."""
+    """Every trajectory as a line of trajectories.jsonl."""
     rows = []
     for group in groups:
         advantages = group.advantages or [None] * len(group.trajectories)
         for t, reward, a in zip(group.trajectories, group.rewards, advantages):
-            light = {k: v for k, v in t.to_dict().items() if k not in PER_TOKEN}
             rows.append({"step": run.step, "task": group.task.id, "question": group.task.question,
-                         "expected": group.task.answer, "reward": asdict(reward), "advantage": a, **light})
+                         "expected": group.task.answer, "reward": asdict(reward), "advantage": a, **light(t)})
     for part in everyone(rows):
         if run.main:
             append(run, "trajectories.jsonl", part)
@@ -86,8 +88,8 @@ def begin(run, inherited: dict):
     save(run)
 
 
-RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every",    # may differ on --resume
-             "vram", "slots", "token_budget"}                                   # these only bound memory
+# may differ on --resume; the last three only bound memory
+RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every", "vram", "slots", "token_budget"}
 
 
 def resumed(cfg, given: set[str]):
@@ -132,10 +134,9 @@ def save_shared(run, part: Path):
     save_file(weights, part / "adapter_model.safetensors")
     tensors, scalars = pack_optimizer(run.optimizer)
     save_file(tensors, part / "optimizer.safetensors")
-    logs = {name: run.out / name for name in LOGS}
     state = {name: getattr(run, name) for name in PROGRESS}
     state |= {"seconds": run.elapsed(), "cpu_seconds": cpu_seconds(run), "optimizer": scalars, "ranks": run.size,
-              "logs": {name: file.stat().st_size if file.exists() else 0 for name, file in logs.items()}}
+              "logs": {log: (run.out / log).stat().st_size if (run.out / log).exists() else 0 for log in LOGS}}
     write_synced(part / "state.json", json.dumps(state))
 
 
@@ -196,11 +197,10 @@ def pack_queue(sample_queue) -> tuple[dict, dict]:
     for i, entry in enumerate(state["entries"]):
         group = entry.pop("group")
         trajectories, advantages = zip(*group.batch())
-        for key, kind in KINDS.items():
+        for key, kind in PER_TOKEN.items():
             tensors[f"{i}.{key}"] = torch.tensor([x for t in trajectories for x in getattr(t, key)], dtype=kind)
-        light = [{k: v for k, v in t.to_dict().items() if k not in PER_TOKEN} for t in trajectories]
-        entries.append({"task": group.task.id, "trajectories": light, "advantages": list(advantages),
-                        "lengths": [len(t.ids) for t in trajectories], **entry})
+        entries.append({"task": group.task.id, "trajectories": [light(t) for t in trajectories],
+                        "advantages": advantages, "lengths": [len(t.ids) for t in trajectories], **entry})
     return tensors, {"entries": entries, "counts": state["counts"]}
 
 
@@ -208,10 +208,11 @@ def unpack_queue(tensors: dict, packed: dict, make_group) -> dict:
     """The inverse of pack_queue."""
     entries = []
     for i, entry in enumerate(packed["entries"]):
-        lengths, light = entry.pop("lengths"), entry.pop("trajectories")
-        columns = {key: tensors[f"{i}.{key}"].split(lengths) for key in PER_TOKEN}
-        whole = [t | {key: columns[key][j].tolist() for key in columns} for j, t in enumerate(light)]
-        group = make_group(entry.pop("task"), whole, entry["step"], entry.pop("advantages"))
+        lengths, trajectories = entry.pop("lengths"), entry.pop("trajectories")
+        for key in PER_TOKEN:
+            for t, column in zip(trajectories, tensors[f"{i}.{key}"].split(lengths)):
+                t[key] = column.tolist()
+        group = make_group(entry.pop("task"), trajectories, entry["step"], entry.pop("advantages"))
         entries.append({"group": group, **entry})
     return {"entries": entries, "counts": packed["counts"]}
 

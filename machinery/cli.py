@@ -79,19 +79,12 @@ def parse_settings(parser: OneLineParser, config: type, argv=None) -> dict:
         except ValueError:
             raise UserError(f"--set {assignment}: the value is no {kinds[name].__name__}") from None
     for f in fields(config):
-        check_bounds(f, given.get(f.name))
+        value, zero = given.get(f.name), f.metadata["zero"]
+        if isinstance(value, (int, float)) and not (0 < value < math.inf or zero and value == 0):
+            name = flag_name(f.name) if f.metadata["flag"] else f"--set {f.name}"
+            raise UserError(f"{name} {value}: it must be {'0 or more' if zero else 'more than 0'}")
     return given
 
 
 def flag_name(setting: str) -> str:
     return "--" + setting.replace("_", "-")
-
-
-def check_bounds(setting, value):
-    """UserError for a number that is negative, not finite, or 0 where that makes no sense."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    zero = setting.metadata["zero"]
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        name = flag_name(setting.name) if setting.metadata["flag"] else f"--set {setting.name}"
-        raise UserError(f"{name} {value}: it must be {'0 or more' if zero else 'more than 0'}")

@@ -1,8 +1,8 @@
 """Benchmarks: `python -m scripts.bench {executor,rollout,update} [--quick] [--json FILE]`.
 
 One section per benchmark, in any order. Each has a function `bench_<name>(args) -> dict`, which prints its figures
-and returns them for --json; `main` calls it. Both sides of a comparison run in one process: machines differ, and the
-load changes. The other side, the naive way, is in tests/.
+and returns them for --json. Both sides of a comparison run in one process: machines differ, and the load changes. The
+naive way is in tests/.
 """
 import sys
 
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from machinery.memory import memory
@@ -137,13 +138,8 @@ def largest_logp_difference(model, out: list) -> float:
 def roofline_share(model, result: dict) -> float:
     """The share of the seconds that memory alone would take: weights read once per tick, context once per token."""
     big = torch.empty(2**30, dtype=torch.uint8, device=model.device)
-    copy = big.clone()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        copy.copy_(big)
-    torch.cuda.synchronize()
-    bandwidth = 10 * 2 * 2**30 / (time.perf_counter() - start)      # bytes/s, read and write
+    timer = Timer("copy.copy_(big)", globals={"copy": big.clone(), "big": big})
+    bandwidth = 2 * 2**30 / timer.timeit(10).mean               # bytes/s, read and write
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 2   # bytes, bf16
@@ -152,8 +148,8 @@ def roofline_share(model, result: dict) -> float:
 
 
 def cap_memory(gib: float) -> None:
-    share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def bench_rollout(args) -> dict:
@@ -238,11 +234,8 @@ def bench_update(args) -> dict:
 
 
 def bench_prefix_tree(quick: bool) -> dict:
-    """The padded update over the one in which every distinct prefix is computed once: time and memory.
-
-    SmolLM2-135M's shape with random weights: 4 groups of 8 with a common system prompt of 350 tokens, questions of 30,
-    80 sampled. quick: a small shape and short texts.
-    """
+    """The padded update over the one in which every distinct prefix is computed once: time and memory, at the shape of
+    SmolLM2-135M: 4 groups of 8 with a system prompt of 350 tokens, questions of 30, 80 sampled. quick: smaller."""
     config = SMALL if quick else LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True)
@@ -261,11 +254,9 @@ def bench_prefix_tree(quick: bool) -> dict:
 
 
 def bench_real_shape(args) -> dict:
-    """Sampling, and the update with its reference pass, at the shape of a real model: peak memory beside the plan's.
-
-    The peak is that of torch's tensors, so the plan's part for CUDA itself is left out. On the CPU the base computes
-    in fp32, and the memory of weights and adapter is taken from the plan: a CPU only shows that it runs.
-    """
+    """Sampling, and the update with its reference pass, at the shape of a real model: peak memory beside the plan's,
+    without the plan's part for CUDA itself. On the CPU the base computes in fp32, and the memory of weights and adapter
+    is taken from the plan: a CPU only shows that it runs."""
     gpu = torch.cuda.is_available()
     if gpu:
         cap_memory(args.vram - 1)       # 1 GiB is for CUDA itself
