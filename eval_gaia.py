@@ -5,14 +5,13 @@
     python eval_gaia.py --model Qwen2.5-7B --gaia-dir GAIA --out base
     python eval_gaia.py --compare base eval_out                 # paired: which questions were gained and lost
 
-Owns the choice of questions and settings, the loop, which can be interrupted, and the figures. Trajectories come from
-the same `rollout` as in training. --out holds settings.json, trajectories.jsonl (one line per question and sample),
-results.json, and with --export submission.jsonl for the leaderboard.
-Reading order: evaluate (the loop) -> record_of, category_of -> summary (the figures) -> compare -> prepare, command.
+Owns the choice of questions and settings, the loop, which can be interrupted, and the figures; `rollout` is that of
+training. --out holds settings.json, trajectories.jsonl (a line per question and sample), results.json, and with
+--export submission.jsonl for the leaderboard. Read in this order: evaluate, record_of, summary, compare, command.
 
 Rules: the official score decides; heuristic and LLM judge stand beside it. Shares are of all chosen questions. Where
-the host failed, the question is sampled again; if the host fails every time, the answer is missing, and counts as
-wrong. GAIA's test split has no public answers: it is exported, not scored.
+the host failed every time, the answer is missing, and counts as wrong. GAIA's test split has no public answers: it is
+exported, not scored.
 """
 import hashlib
 import itertools
@@ -23,7 +22,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from policy import Policy, load_policy
 from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, read_gaia
-from machinery.cli import OneLineParser, UserError, exit_status
+from machinery.cli import OneLineParser, UserError, claim_folder, exit_status
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
@@ -41,6 +40,7 @@ from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prom
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke
 CHUNK = 64                                       # trajectories that are sampled, then written, together
+LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")       # inherited from training
 
 
 # --------------------------------------------------------------------------------------------- one trajectory
@@ -180,11 +180,11 @@ def agreement(records: list[dict]) -> dict:
 
 def vote(records: list[dict]) -> bool:
     """maj@k: whether the answer that most samples of a question gave is right; of equally frequent ones, the first."""
-    answered = [(clean(r["answer"]), r["official"]) for r in records if r["answer"] is not None]
-    if not answered:
+    votes = [(clean(r["answer"]), r["official"]) for r in records if r["answer"] is not None]
+    if not votes:
         return False
-    winner = Counter(answer for answer, _ in answered).most_common(1)[0][0]
-    return next(official for answer, official in answered if answer == winner)
+    winner = mode(answer for answer, _ in votes)
+    return next(official for answer, official in votes if answer == winner)
 
 
 def summary(records: list[dict], samples: int) -> dict:
@@ -265,12 +265,8 @@ def choose_tasks(args, tasks: list[Task]) -> list[Task]:
     """Those that the flags ask for. UserError if none is left."""
     if unknown := set(args.ids or []) - {task.id for task in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
-    if args.ids:
-        tasks = [task for task in tasks if task.id in args.ids]
-    if args.levels:
-        tasks = [task for task in tasks if task.level in args.levels]
-    if args.text_only:
-        tasks = [task for task in tasks if not task.files]
+    tasks = [task for task in tasks if (not args.ids or task.id in args.ids)
+             and (not args.levels or task.level in args.levels) and not (args.text_only and task.files)]
     tasks = tasks[:args.limit]
     if not tasks:
         raise UserError("no question is left: see --levels, --ids, --text-only, --limit")
@@ -294,26 +290,6 @@ def training_run(ckpt: Path | None) -> dict:
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"--ckpt {ckpt}: there is no adapter in it (adapter_config.json)") from error
     return run | {"model": base}
-
-
-def sampling_of(run: dict, preset) -> dict:
-    """The limits that training had; without a training run, those of the model's preset."""
-    known = run["sampling"] or preset.settings
-    limits = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
-    return {name: known[name] for name in limits if name in known}
-
-
-def settle_out(out: Path, settings: dict) -> None:
-    """An evaluation with other settings in `out` is moved aside; one with the same settings goes on."""
-    stored = out / "settings.json"
-    if stored.is_file() and json.loads(stored.read_text()) != settings:
-        aside = next(f"{out}.{i}" for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
-        out.rename(aside)
-        print(f"{out} held another evaluation: it was moved to {aside}")
-    elif out.exists() and not stored.is_file() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty and holds no evaluation: name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(settings, indent=1))
 
 
 def parse_args(argv=None):
@@ -347,10 +323,10 @@ def parse_args(argv=None):
 
 
 def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
-    """Load everything."""
     policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt)
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
-    sampling = Sampling(**sampling_of(run, policy.preset) | {"temperature": temperature})
+    known = run["sampling"] or policy.preset.settings       # the limits that training had, else the preset's
+    sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=temperature)
     web, log = open_web(args.cache), []
     offline = args.gaia_dir is None or policy.preset.prompt == "short"     # the tiny model knows no other tools
     builtin = BUILTIN_TOOLS if offline else load_tools("web", web)
@@ -424,7 +400,10 @@ def command(args) -> None:
     tasks = choose_tasks(args, tasks)
     with Executor(args.sandbox) as executor:
         evaluation = prepare(args, run, tasks)
-        settle_out(args.out, settings_of(evaluation, run))
+        settings, stored = settings_of(evaluation, run), args.out / "settings.json"
+        if not stored.is_file() or json.loads(stored.read_text()) != settings:      # with the same ones it goes on
+            claim_folder(args.out, "settings.json", "evaluation")
+            stored.write_text(json.dumps(settings, indent=1))
         announce(evaluation, executor.sandbox)
         try:
             records = evaluate(evaluation, executor)

@@ -9,18 +9,19 @@ Reading order: Group, group_advantages, grpo_loss (it holds the equations), LOSS
     (4)  r   = exp(l - l_old)                                   ratio to the policy at the start of the batch
     (5)  c   = min(exp(l_old - l_behaviour), C)                 truncated importance weight, a constant
     (6)  s   = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)   clipped objective; where A < 0 at least dual_clip A
-    (7)  k   = exp(d) - d - 1,  d = l_ref - l                   KL penalty
-    (8)  L   = sum of c (beta k - s) / N                        loss; N: all sampled tokens of the optimiser step
+    (7)  k   = exp(d) - d - 1,  d = l_ref - l                   KL penalty; above d = 5 its tangent
+    (8)  L   = sum of c (beta k - s) / N                        loss; N (dapo): all loss tokens of the optimiser step
 
 Four policies have a log-prob l for each sampled token: the current one, pi_old (at the start of the batch),
 pi_behaviour (which sampled the token, perhaps steps ago: the sampler recorded l_behaviour), and pi_ref (the base
 model, adapter off). pi_old and pi_behaviour are two policies as in decoupled PPO (Hilton et al., arXiv 2110.00641):
 r in (4) bounds how far one update goes, c in (5) corrects for who sampled.
 
-Why the clip does not act by default: with one minibatch and one epoch a batch takes one optimiser step. Then l_old is
-the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and min(A, A) = A; where A < 0,
-max(A, dual_clip A) = A, because dual_clip > 1. So neither clip nor dual clip changes anything. The gradient of r is
-that of l: REINFORCE with the weight c. From the second optimiser step on the same batch the clip can act.
+Why the clip does not act by default: with one minibatch and one epoch (the defaults of real models) a batch takes one
+optimiser step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
+min(A, A) = A; where A < 0, max(A, dual_clip A) = A, because dual_clip > 1. So neither clip nor dual clip changes
+anything. The gradient of r is that of l: REINFORCE with the weight c. From the second optimiser step on the same batch
+the clip can act.
 
 Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.14476); Dr. GRPO (2503.20783); dual clip
 (1912.09729); k3 (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html); truncated importance
@@ -43,7 +44,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from machinery.cli import UserError, option
 from machinery.engine import attention
-from machinery.head import HeadLogps
+from machinery.head import head_logps
 from machinery.memory import halving
 from machinery.prefix_tree import Tree, make_tree, pack, shared_heads, tree_logps
 from machinery.ranks import sum_gradients, sum_over_ranks
@@ -57,11 +58,11 @@ Batch = Sequence[tuple[Trajectory, float]]      # trajectories and their advanta
 
 @dataclass
 class GRPOConfig:
-    loss: str = option("dapo", "advantage, normaliser and clip: see LOSSES in grpo.py", ("dapo", "grpo", "dr_grpo"))
+    loss: str = option("dapo", "advantage, normaliser and clip: dapo, grpo or dr_grpo (LOSSES in grpo.py)")
     beta: float = option(1e-3, "weight of the KL penalty; 0 skips the reference pass", zero=True)
     epochs: int = option(1, "passes over a batch")
     minibatches: int = option(1, "optimiser steps per pass")
-    token_budget: int = option(8192, "padded tokens per micro-batch: bounds memory, changes no result")
+    token_budget: int = option(8192, "tokens per micro-batch: bounds memory, changes no result")
     eps_low: float | None = option(None, "lower clip bound, 1 - eps_low; default: the loss's", flag=False)
     eps_high: float | None = option(None, "upper clip bound, 1 + eps_high; default: the loss's", flag=False)
     dual_clip: float = option(3.0, "where A < 0, the objective is at least dual_clip * A", flag=False)
@@ -71,7 +72,7 @@ class GRPOConfig:
 
     def __post_init__(self):
         if self.loss not in LOSSES:
-            raise UserError(f"--loss {self.loss}: it is dapo, grpo or dr_grpo")
+            raise UserError(f"--loss {self.loss}: it is one of {', '.join(LOSSES)}")
 
     @property
     def one_step(self) -> bool:
@@ -95,7 +96,7 @@ class Group:
     """The trajectories of one task, with their rewards and advantages."""
     task: object
     trajectories: list[Trajectory]
-    step: int                                       # optimiser step at which it was sampled
+    step: int                                       # of the training loop, at which it was sampled
     rewards: list[Reward] = field(default_factory=list)
     advantages: list[float | None] | None = None    # None: no signal; None for one trajectory: unjudged
     std: float = 0.0                                # of the rewards
@@ -114,7 +115,9 @@ def group_advantages(rewards: Sequence[Reward], cfg: GRPOConfig) -> tuple[list[f
     """
     judged = [r for r in rewards if r.total is not None]
     answers = [r.answer for r in judged]
-    if len(judged) < 2 or max(answers) - min(answers) < 1e-6:
+    if len(judged) < 2:
+        return None
+    if max(answers) - min(answers) < 1e-6:
         return None
     mean = sum(r.total for r in judged) / len(judged)
     deviations = [r.total - mean for r in judged]
@@ -134,7 +137,8 @@ def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cf
     def select(x):                              # (B, T); never mask * x, because 0 * nan is nan
         return torch.where(loss_mask, x, 0.0)   # outside l = 0 and A = 0, so loss and gradient are 0
     l = select(logp)
-    l_old, l_behaviour = select(logp_old.detach()), select(logp_behaviour.detach())
+    l_old = select(logp_old.detach())
+    l_behaviour = select(logp_behaviour.detach())
     A = select(advantage)                                                               # (B, T)
     eps_low, eps_high = cfg.clip
     # (4)  r = exp(l - l_old)                                                                    (PPO section 3)
@@ -147,7 +151,9 @@ def grpo_loss(logp, logp_old, logp_behaviour, logp_ref, advantage, loss_mask, cf
     s = torch.where(A < 0, torch.max(s, cfg.dual_clip * A), s)
     # (7)  k = exp(d) - d - 1, d = l_ref - l. Its value estimates KL(pi || ref); its gradient, (1 - exp d) grad l,
     #      is in expectation that of KL(ref || pi)                                              (k3; GRPO eq. 4)
-    k = k3(select(logp_ref.detach()) - l) if logp_ref is not None else torch.zeros_like(l)
+    k = torch.zeros_like(l)
+    if logp_ref is not None:
+        k = k3(select(logp_ref.detach()) - l)
     # (8)  L = sum of c (beta k - s) / N
     loss = (c * (cfg.beta * k - s) / normaliser).sum()
     clipped_above = (A > 0) & (r > 1 + eps_high)
@@ -191,9 +197,9 @@ def constant(lengths, tokens: float, sequences: float, token_limit: int) -> torc
 class Loss(NamedTuple):
     """One estimator. Another one is another row of LOSSES.
 
-    advantage: (deviations R_i - mean R of a group, their std) -> advantages. normaliser: N in (8) for each trajectory,
-    (B, 1), from lengths (B, 1), its loss tokens, and from the loss tokens and sequences of the WHOLE optimiser step
-    on all ranks, never of a micro-batch. clip: eps_low, eps_high.
+    advantage: (deviations R_i - mean R of a group, their std or std_floor) -> advantages. normaliser: N in (8) for
+    each trajectory, (B, 1), from lengths (B, 1), its loss tokens, and from the loss tokens and sequences of the WHOLE
+    optimiser step on all ranks, never of a micro-batch. clip: eps_low, eps_high.
     """
     advantage: Callable[[list[float], float], list[float]]
     normaliser: Callable[..., torch.Tensor]
@@ -215,12 +221,10 @@ def token_logps(model, ids: torch.Tensor, mask: torch.Tensor, temperature=1.0, c
     is no attention mask. mask (B, T): True = sampled. chunk: positions whose logits exist at one time.
     """
     causal = model.get_base_model()                     # the adapter lies in its layers
-    head = causal.get_output_embeddings()
-    assert not head.weight.requires_grad and head.bias is None, "HeadLogps has no gradient for the head"
     hidden = causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state        # (B, T-1, H)
     rows, t = mask[:, 1:].nonzero(as_tuple=True)        # (N,): the state at t predicts the token at t + 1
-    chunk = chunk or max(1, 2**26 // len(head.weight))  # 256 MiB of logits
-    logp, entropy = HeadLogps.apply(hidden[rows, t], head.weight, ids[rows, t + 1], temperature, chunk)     # (N,)
+    states, targets = hidden[rows, t], ids[rows, t + 1]                                 # (N, H), (N,)
+    logp, entropy = head_logps(causal, states, targets, temperature, chunk)             # (N,), (N,)
     zeros = logp.new_zeros(ids.shape)                                                   # (B, T)
     return zeros.index_put((rows, t + 1), logp), zeros.index_put((rows, t + 1), entropy)
 
@@ -245,10 +249,11 @@ class MicroBatch:
         return tree_logps(policy.model, self.tree, self.mask, temperature)
 
     def part(self, rows: slice) -> "MicroBatch":
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        tree = values.pop("tree", None)
-        parts = {name: value[rows] for name, value in values.items()}
-        return MicroBatch(**parts, tree=tree and tree.part(rows))
+        parts = {}
+        for name, value in vars(self).items():
+            if value is not None:
+                parts[name] = value[rows]       # of lists, of tensors and of the tree
+        return MicroBatch(**parts)
 
     def halves(self) -> list["MicroBatch"]:
         if len(self.rows) == 1:
@@ -277,7 +282,8 @@ def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device, 
         def padded(name, dtype, trajectories=trajectories):                             # (B, T)
             tensors = [torch.tensor(getattr(t, name), dtype=dtype) for t in trajectories]
             return pad_sequence(tensors, batch_first=True).to(device)
-        ids, advantages = padded("ids", torch.long), [[batch[rows[i]][1]] for i in part]
+        ids = padded("ids", torch.long)
+        advantages = [[batch[rows[i]][1]] for i in part]
         tree = None
         if shared:
             tree = make_tree([t.ids for t in trajectories], shared, device, ids.shape[1])
@@ -314,8 +320,15 @@ def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperat
                 micro.ref, _ = micro.logps(policy, temperature)
 
 
-def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperature: float, token_limit: int,
-               tokens: float, sequences: float):
+def accumulate(
+    policy: Policy,
+    minibatch: list[MicroBatch],
+    cfg: GRPOConfig,
+    temperature: float,
+    token_limit: int,
+    tokens: float,
+    sequences: float,
+):
     """This rank's gradients of an optimiser step: (sums over its loss tokens, rows that are *not finite*)."""
     policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, not_finite = Counter(), []
@@ -335,14 +348,25 @@ def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, tem
         numbers = logp.detach() + micro.old + micro.behaviour + micro.advantage             # (B, T)
         if micro.ref is not None:
             numbers = numbers + micro.ref
-        finite = (numbers.isfinite() | ~micro.mask).all(1).tolist()                         # B booleans
-        not_finite += [row for row, ok in zip(micro.rows, finite) if not ok]
+        finite = numbers.isfinite() | ~micro.mask                                           # (B, T)
+        for row, ok in zip(micro.rows, finite.all(1).tolist()):
+            if not ok:
+                not_finite.append(row)
     return sums, not_finite
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: GRPOConfig, temperature: float = 1.0,
-           token_limit: int = 1024, fresh: Sequence[bool] | None = None, seed: int = 0, progress=None,
-           plain: bool = False) -> UpdateStats:
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    cfg: GRPOConfig,
+    temperature: float = 1.0,
+    token_limit: int = 1024,
+    fresh: Sequence[bool] | None = None,
+    seed: int = 0,
+    progress=None,
+    plain: bool = False,
+) -> UpdateStats:
     """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
     temperature: at which the batch was sampled. token_limit: sampled tokens that a trajectory may have (for dr_grpo).
@@ -352,13 +376,15 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, cfg: 
     Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
     process on the whole. An optimiser step with a number that is *not finite* is skipped, on all ranks, and noted.
     """
-    stats, sums = UpdateStats(token_budget=cfg.token_budget), Counter()
+    stats = UpdateStats(token_budget=cfg.token_budget)
+    sums = Counter()
     shared = 0 if plain else shared_heads(policy.model)
-    minibatches = [micro_batches(batch, rows, cfg.token_budget, policy.device, shared)
-                   for rows in split_groups(batch, cfg.minibatches, seed)]
+    minibatches = []
+    for rows in split_groups(batch, cfg.minibatches, seed):
+        minibatches.append(micro_batches(batch, rows, cfg.token_budget, policy.device, shared))
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
     with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
-        for k in range(cfg.minibatches):
+        for k in range(cfg.minibatches):                # halving: tries again with less after an out-of-memory
             halving(lambda m: score(policy, m, cfg, temperature), minibatches, k, stats)
         for k in list(range(cfg.minibatches)) * cfg.epochs:
             trajectories = sum(len(micro.rows) for micro in minibatches[k])
@@ -398,7 +424,8 @@ def optimiser_step(policy: Policy, optimizer, cfg: GRPOConfig, stats: UpdateStat
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     sick = sum_over_ranks({"trajectories": len(not_finite)}, policy.device)     # the clamps can hide a nan
     if sick["trajectories"] or not math.isfinite(norm):
-        stats.notes.append(f"optimiser step skipped: not finite is {', '.join(not_finite) or 'the gradient'}")
+        names = ", ".join(not_finite) or "the gradient"
+        stats.notes.append(f"optimiser step skipped: not finite is {names}")
         return False
     optimizer.step()
     stats.optimiser_steps += 1

@@ -1,8 +1,7 @@
 """The policy: a frozen language model, a LoRA adapter on it, and all that depends on the model's size.
 
-Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off), the
-defaults per size and the memory plan. Reading order: Preset, Policy, load_policy, save_adapter, memory, fit,
-plan_memory.
+Owns names and loading, NF4, the adapter on disk, the reference policy (the same network, adapter off) and the
+defaults per size. Reading order: Preset, Policy, load_policy, save_adapter.
 
 QLoRA (arXiv 2305.14314) as built here: the blocks' linear layers in NF4 with double quantisation, embeddings,
 head and norms in bf16, the adapter in fp32 on all linear layers but the head, without dropout, so that
@@ -122,6 +121,8 @@ def readable_errors(what: str, hint: str, away: bool = False):
     """Whatever a library raises over a file or the network, as one line. away: the hub is out of reach."""
     try:
         yield
+    except torch.OutOfMemoryError:                  # no file's and no network's fault: train.py says what helps
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         why = "the hub is out of reach, and no whole copy is cached" if away else " ".join(str(error).split())[:200]
         raise UserError(f"cannot load {what}: {why}. {hint}") from error
@@ -190,8 +191,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
                 dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK) -> Policy:
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
-    quantize: see in_nf4. dtype: of the base, by default bf16 on a GPU and fp32 on the CPU. The GPU is torch's
-    current one. UserError for whatever a user can get wrong.
+    quantize: see in_nf4. dtype: of the base; default: bf16 on a GPU from 50 million parameters on, else fp32. The GPU
+    is torch's current one. UserError for whatever a user can get wrong.
     """
     name, config, on_gpu = resolve_model(model), model_config(model), torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -204,7 +205,11 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     if parameters >= 1e9:
         need_gpu(f"{name} has {parameters / 1e9:.1f}e9 parameters")
     nf4 = in_nf4(quantize, parameters, on_gpu)
-    base = load_base(name, nf4, device, dtype or (torch.bfloat16 if on_gpu else torch.float32), away)
+    if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
+        dtype = torch.bfloat16 if on_gpu and parameters >= 50e6 else torch.float32
+    if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
+    base = load_base(name, nf4, device, dtype, away)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
@@ -212,11 +217,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
 
 
 def save_adapter(policy: Policy, folder: Path):
-    """Adapter (safetensors) and tokenizer, for `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.
-
-    The file names the base by hub id, or by absolute path if it is a folder (as the built-in model is). On
-    another machine one names the base oneself, as `load_policy(model, adapter=folder)` always does.
-    """
+    """Adapter (safetensors) and tokenizer, for `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`. The file names
+    the base by hub id, or by absolute path if it is a folder; `load_policy` does not need that name."""
     policy.model.peft_config["default"].base_model_name_or_path = policy.name
     policy.model.save_pretrained(folder, save_embedding_layers=False)
     policy.tokenizer.save_pretrained(folder)

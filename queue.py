@@ -5,19 +5,18 @@ Read in this order: `SampleQueue.admit` (what enters), `priority` (what is drawn
 
 Two things to know before reading:
 
-1. **The name.** The user's file list calls this file `queue.py`, which hides the standard library's `queue` from
-   every `import queue` of a process started in this folder, torch's and requests' included. So this module is a
-   *superset*: it loads the standard module and re-exports its names, the very same objects (`queue.Full` stays one
-   class, also when pickled). Where the standard module was imported first (pytest, notebooks, debuggers, some
-   spawned workers), Python never looks for this file; `import_sample_queue()` in train.py then runs it, and the last
-   lines below hand `SampleQueue` to the standard module. Either way `from queue import SampleQueue` works
-   afterwards. Hence: nothing but the standard library may be imported here.
-
-2. **The rule is ours.** Tool-R1 (arXiv 2509.12867) keeps high-quality trajectories in a queue and replays them, but
+1. **The rule is ours.** Tool-R1 (arXiv 2509.12867) keeps high-quality trajectories in a queue and replays them, but
    its exact rule is not known to us. Ours: whole groups, each with the advantages of its own group (an advantage
    means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses).
+   The paper says that the queue saves costly online samples. No study here has shown that for this rule yet.
 
-The paper says that the queue saves costly online samples. No study here has shown that for this rule yet.
+2. **The name.** The project's fixed list of files calls this one `queue.py`, which hides the standard library's
+   `queue` from every `import queue` of a process started in this folder, torch's and requests' included. So this
+   module is a *superset*: it loads the standard module and re-exports its names, the very same objects
+   (`queue.Full` stays one class, also when pickled). Where the standard module was imported first (pytest, notebooks,
+   debuggers, some spawned workers), Python never looks for this file; machinery/sample_queue.py then runs it, and the
+   last lines below hand `SampleQueue` to the standard module. Either way `from queue import SampleQueue` works
+   afterwards. Hence: nothing but the standard library may be imported here.
 """
 import sys
 import sysconfig
@@ -49,17 +48,17 @@ class Entry:
     """One group in the queue."""
     group: Any        # opaque here; train.py stores a Group: trajectories with their behaviour log-probs, advantages
     spread: float     # standard deviation of the group's rewards: how much there is to learn from it
-    step: int         # optimiser step at which it was sampled
-    order: int        # admission number: breaks ties (trap 12: (score, item) tuples compare the items)
+    step: int         # step of the training loop at which it was sampled
+    order: int        # admission number: breaks ties (a sort of (score, group) pairs would compare groups)
     uses: int = 1     # updates it took part in; the first one is the update right after it was sampled
 
 
 class SampleQueue:
-    """A deque of groups with priorities. Ages are counted in optimiser steps.
+    """A deque of groups with priorities. Ages are counted in steps of the training loop.
 
     capacity: groups kept; half_life: steps in which a priority halves; max_age: steps after which a group is
     dropped; max_uses: updates a group may take part in; max_off_policy: a group is dropped once more than this
-    share of its sampled tokens is off-policy (DESIGN: |l_old - l_behaviour| > log(1 + eps_high)).
+    share of its trajectories' tokens, on average, is off-policy (|l_old - l_behaviour| > log(1 + eps_high)).
     """
 
     def __init__(self, capacity: int, half_life: float, max_age: int, max_uses: int, max_off_policy: float):
@@ -94,9 +93,12 @@ class SampleQueue:
         The k largest u^(1 / priority), u uniform, are such a draw (Efraimidis and Spirakis 2006). rng: random.Random.
         """
         self.drop_stale(step)
-        keyed = [(rng.random() ** (1.0 / self.priority(e, step)), e.order, e) for e in self.entries]
-        keyed.sort(key=lambda key_order_entry: key_order_entry[:2], reverse=True)
-        drawn = [entry for _, _, entry in keyed[:max(k, 0)]]
+        keys = {}
+        for entry in self.entries:
+            u = rng.random()
+            keys[entry.order] = (u ** (1.0 / self.priority(entry, step)), entry.order)      # the order decides ties
+        ranked = sorted(self.entries, key=lambda entry: keys[entry.order], reverse=True)
+        drawn = ranked[:max(k, 0)]
         for entry in drawn:
             entry.uses += 1
         return drawn
@@ -121,9 +123,14 @@ class SampleQueue:
     def stats(self, step: int) -> dict:
         """Size, mean age in steps, mean uses, and the running counts, for the log."""
         n = max(len(self), 1)
-        return {"queue_size": len(self), "queue_age": sum(step - e.step for e in self.entries) / n,
-                "queue_uses": sum(e.uses for e in self.entries) / n,
-                **{f"queue_{name}": count for name, count in self.counts.items()}}
+        found = {
+            "queue_size": len(self),
+            "queue_age": sum(step - entry.step for entry in self.entries) / n,
+            "queue_uses": sum(entry.uses for entry in self.entries) / n,
+        }
+        for name, count in self.counts.items():
+            found[f"queue_{name}"] = count
+        return found
 
     def state_dict(self) -> dict:
         """Everything but the settings. `entries` holds the groups themselves, which the caller knows how to store."""

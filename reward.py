@@ -39,7 +39,7 @@ class Reward:
 
     @classmethod
     def failed(cls, execution: float, unsure: bool = False) -> "Reward":
-        """For a trajectory whose judge or host failed. It is *unjudged*: in no mean, no loss and no queue."""
+        """For a trajectory whose judge or host failed. It is *unjudged*: in no mean and no loss, and never replayed."""
         return cls(None, None, execution, "none", unsure, official=False)
 
 

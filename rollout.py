@@ -13,6 +13,7 @@ import hashlib
 import re
 import time
 import warnings
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -58,14 +59,14 @@ class Trajectory:
     task_id: str
     sample: int                 # index in its group
     seed: int                   # of the rollout; seed, task_id and sample fix the random stream
-    ids: list[int]              # the last one is the last sampled token
+    ids: list[int]              # the last one is the last sampled token, if there is one
     mask: list[int]             # 1 = sampled, also the token that ends a turn; 0 = prompt, observation, template
     logps: list[float]          # log pi(token) of the behaviour policy at the sampling temperature (greedy: at 1)
     prompt_length: int
     turns: list[Turn]
     answer: str | None
     stop_reason: str            # "answer" | "turn_limit" | "context_limit" (the context is full) |
-    #                             "length" (a turn was stopped at turn_tokens) | "error" (a tool or the host failed)
+    #                             "length" (a turn was stopped at turn_tokens) | "error" (the host failed: see `error`)
     seconds: float              # from its start to its end
     error: str = ""             # what failed
 
@@ -91,7 +92,7 @@ class Sampling:
     observation_tokens: int = option(2000, "tokens per observation")
     slots: int | None = option(None, "trajectories decoded at once (default: by free memory)")
     deterministic: bool = option(False, "one thread, fixed order: bit-equal runs on the CPU")
-    plain: bool = option(False, "the method without machinery/: one trajectory at a time, padded update")
+    plain: bool = option(False, "as the method is defined: sample one trajectory at a time, update with padding; slow")
 
 
 # ------------------------------------------------------------------------------------------ the turn protocol
@@ -232,7 +233,7 @@ class Episode:
         return [] if self.stop_reason else forced
 
     def fail(self, error: Exception) -> None:
-        """A tool or the host failed: this trajectory ends, no other one."""
+        """The host failed, not the code or a tool: this trajectory ends, no other one."""
         self.stop_reason, self.error = "error", f"{type(error).__name__}: {error}"
 
     def close(self) -> None:
@@ -327,9 +328,12 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
         raise UserError(f"--context-tokens {context}: the model has positions for {positions} tokens")
     chat = Chat(policy.tokenizer)       # once: it renders the template and reads the whole vocabulary
     episodes, done = [], {}             # done: (group, index in the group) -> trajectory
+    seen = Counter()                    # a task that comes twice gets another seed, or its groups would be equal
     for group, task in enumerate(tasks):
         prompt = build_prompt(chat, task, tools, policy.preset.prompt)
-        episodes += [Episode(task, i, seed, group, prompt, chat, executor, tools, sampling) for i in range(samples)]
+        for i in range(samples):
+            episodes.append(Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling))
+        seen[task.id] += 1
     with (sampling_mode(model, sampling.deterministic),                         # eval mode, no gradients
           closing(sample_all(model, chat, episodes, sampling)) as ended):       # Ctrl-C closes the sessions, too
         for episode, *columns in ended:

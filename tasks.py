@@ -5,23 +5,18 @@ tasks. Knows nothing of prompts, models or rewards.
 
 Reading order: Task -> the world (`fact`, the tools) -> Question, Parts and the families -> builtin_tasks -> files.
 
-The world is a made-up atlas. Every fact is computed from the name of its entity (by a hash): there are as many
-entities as names, nothing is stored, and no fact depends on the seed of a run. The hash also puts every name and
-number on one of two sides: training tasks use one, held-out tasks the other. What the atlas says of an entity lies
-on the same side as its name. So the splits share neither entities nor values, and no prompt holds an answer.
+The world is a made-up atlas. Every fact is computed from the name of its entity (by a hash); nothing is stored. The
+hash also puts every name and number on one of two sides: training tasks use one, held-out tasks the other. What the
+atlas says of an entity lies on the same side as its name. So the splits share neither entities nor values.
 
-Families: the built-in tiny model can learn CORE. HARD is mostly beyond it (arithmetic and dates in ranges that
-training never shows; which of several towns is the largest). Both are trained on and reported.
-
+Families: the built-in tiny model can learn CORE. HARD is mostly beyond it. Both are trained on and reported.
 Difficulty: 0 is for the tiny model (one to three turns), 1 to 3 for models that can read. Each unit puts one more
 "the twin town of" before every town, and adds terms to sums, 30 rows and two columns to tables. From 1 on, tables
 are asked with a condition; from 2 on, they have empty cells.
 
 Departure from the paper, which trains on MAT only: these tasks let the method run without network or key.
 """
-import csv
 import hashlib
-import io
 import json
 import random
 import re
@@ -54,6 +49,7 @@ SYLLABLE = "(?:[bdfgklmnprstvz][aeiou])"
 TOWN = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}{{2}}")                                    # Kavodu
 PERSON = re.compile(rf"(?=[A-Z])(?i:{SYLLABLE}){SYLLABLE} (?=[A-Z])(?i:{SYLLABLE}){SYLLABLE}")    # Mira Kobe
 FIELDS = {"population": (1_000, 999_999), "area": (10, 9_999), "elevation": (10, 2_999), "rainfall": (100, 2_999)}
+RANGES = FIELDS | {"tower": (20, 399), "born": (1920, 1999)}      # of the facts that are numbers
 UNITS = {"m": ("length", 1.0), "ft": ("length", 0.3048), "yd": ("length", 0.9144), "km": ("length", 1000.0),
          "kg": ("mass", 1.0), "lb": ("mass", 0.45359237), "oz": ("mass", 0.45359237 / 16), "g": ("mass", 0.001)}
 COLUMNS = ("price", "stock", "weight", "size", "age", "rank", "score", "volume")
@@ -71,9 +67,8 @@ def side(value) -> int:
 
 def on_side(wanted: int, rng: random.Random, make: Callable):
     """The first value of make(rng) that lies on the side `wanted`."""
-    value = make(rng)
-    while side(value) != wanted:
-        value = make(rng)
+    while side(value := make(rng)) != wanted:
+        pass
     return value
 
 
@@ -83,21 +78,20 @@ def word(rng: random.Random, syllables: int = 3) -> str:
 
 def fact(name: str, field: str):
     """What the atlas holds. ToolError for a name or field that it does not have."""
-    if not (TOWN.fullmatch(name) or PERSON.fullmatch(name)):
+    is_town = TOWN.fullmatch(name)
+    if not (is_town or PERSON.fullmatch(name)):
         raise ToolError(f"no entry {name!r}")
     rng, its_side = random.Random(digest("atlas", name, field)), side(name)
-    fields = (*FIELDS, "tower", "twin") if TOWN.fullmatch(name) else ("born", "home")
-    if field == "mayor" and TOWN.fullmatch(name):       # not among the fields: only `search` knows mayors
+    if field == "mayor" and is_town:        # not among the fields: only `search` knows mayors
         return on_side(its_side, rng, lambda rng: f"{word(rng, 2)} {word(rng, 2)}")
+    fields = (*FIELDS, "tower", "twin") if is_town else ("born", "home")
     if field not in fields:
         raise ToolError(f"{name} has no {field!r}; fields: {', '.join(fields)}")
     if field in ("twin", "home"):
         return on_side(its_side, rng, word)
-    if field == "tower":
-        height = on_side(its_side, rng, lambda rng: rng.randrange(20, 400))
-        return [height, rng.choice(("m", "ft", "yd"))]
-    low, high = FIELDS.get(field, (1920, 1999))     # 1920 to 1999: the year in which a person was born
-    return on_side(its_side, rng, lambda rng: rng.randint(low, high))
+    low, high = RANGES[field]
+    number = on_side(its_side, rng, lambda rng: rng.randint(low, high))
+    return [number, rng.choice(("m", "ft", "yd"))] if field == "tower" else number
 
 
 @tool
@@ -168,30 +162,27 @@ class Parts:
             name = fact(name, "twin")
         return Town("the twin town of " * links + start, start, name)
 
-    def table(self) -> tuple[list[str], list[dict], dict[str, bytes]]:
-        """(columns, rows, files): shop.csv with 4 + 30 d items and 2 + 2 d columns of distinct numbers."""
-        d, size = self.difficulty, 4 + 30 * self.difficulty
-        columns = self.rng.sample(COLUMNS, 2 + 2 * d)
+    def table(self) -> tuple[str, str, str, list[dict], dict[str, bytes]]:
+        """(column asked for, another column, condition, rows that meet it, files). shop.csv has 4 + 30 d items and
+        2 + 2 d columns of distinct numbers; at difficulty 0 there is no condition."""
+        d, rng, size = self.difficulty, self.rng, 4 + 30 * self.difficulty
+        columns = rng.sample(COLUMNS, 2 + 2 * d)
+        last = columns[-1]
         numbers = [n for n in range(10, 100 + 900 * d) if side(n) == self.side]
-        values = {column: self.rng.sample(numbers, size) for column in columns}
-        rows = [{"item": on_side(self.side, self.rng, word)} | {column: values[column][i] for column in columns}
-                for i in range(size)]
+        values = [rng.sample(numbers, size) for _ in columns]
+        rows = [{"item": on_side(self.side, rng, word), **dict(zip(columns, row))} for row in zip(*values)]
         for row in rows:
-            if d >= 2 and self.rng.random() >= 0.8:
-                row[columns[-1]] = ""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["item", *columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return columns, rows, {"shop.csv": text.getvalue().encode()}
-
-    def condition(self, columns: list[str], rows: list[dict]) -> tuple[str, list[dict]]:
-        """(text of a condition on the last column, the rows that meet it); at difficulty 0 none, and all rows."""
-        if self.difficulty == 0:
-            return "", rows
-        bound = self.rng.randrange(100, 500)
-        text = f" among items whose {columns[-1]} is above {bound} (empty means 0)"
-        return text, [row for row in rows if (row[columns[-1]] or 0) > bound]
+            if d >= 2 and rng.random() >= 0.8:
+                row[last] = ""
+        lines = [["item", *columns], *(row.values() for row in rows)]
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        asked, other = rng.sample(columns[:2], 2)
+        condition = ""
+        if d > 0:
+            bound = rng.randrange(100, 500)
+            condition = f" among items whose {last} is above {bound} (empty means 0)"
+            rows = [row for row in rows if (row[last] or 0) > bound]
+        return asked, other, condition, rows, {"shop.csv": text.encode()}
 
 
 def ask_lookup(parts: Parts) -> Question:
@@ -215,20 +206,16 @@ def ask_convert(parts: Parts) -> Question:
 
 
 def ask_column(parts: Parts) -> Question:
-    columns, rows, files = parts.table()
-    asked, other = parts.rng.sample(columns[:2], 2)
-    condition, chosen = parts.condition(columns, rows)
-    row = max(chosen, key=lambda row: row[other]) if parts.difficulty else parts.rng.choice(rows)
-    item = f"the item with the highest {other}" if parts.difficulty else row["item"]
+    asked, other, condition, rows, files = parts.table()
+    row = max(rows, key=lambda row: row[other]) if condition else parts.rng.choice(rows)
+    item = f"the item with the highest {other}" if condition else row["item"]
     return Question(f"What is the {asked} of {item} in shop.csv{condition}?", row[asked], 1,
                     {"name": row["item"], "column": asked, "other": other}, files)
 
 
 def ask_total(parts: Parts) -> Question:
-    columns, rows, files = parts.table()
-    asked, other = parts.rng.sample(columns[:2], 2)
-    condition, chosen = parts.condition(columns, rows)
-    return Question(f"What is the total {asked} in shop.csv{condition}?", sum(row[asked] for row in chosen), 2,
+    asked, other, condition, rows, files = parts.table()
+    return Question(f"What is the total {asked} in shop.csv{condition}?", sum(row[asked] for row in rows), 2,
                     {"column": asked, "other": other}, files)
 
 
@@ -319,7 +306,7 @@ def split_tasks(tasks: list[Task] | None, eval_tasks: int, seed: int, difficulty
     if tasks is None:
         heldout = [task for family in CORE + HARD
                    for task in builtin_tasks("heldout", eval_tasks, 0, (family,), difficulty)]
-        return builtin_tasks("train", 3000, seed, CORE + HARD, difficulty), heldout
+        return builtin_tasks("train", 3000, seed, difficulty=difficulty), heldout
     if len(tasks) < 2:
         raise UserError(f"--data: {len(tasks)} tasks; at least 2 are needed, one of them held out")
     shuffled = list(tasks)
@@ -330,14 +317,14 @@ def split_tasks(tasks: list[Task] | None, eval_tasks: int, seed: int, difficulty
 
 def endless(tasks: list[Task], seed: int, first: int, n: int) -> list[Task]:
     """n tasks from number `first` on, of an endless sequence in which every epoch has its own shuffle."""
+    epoch, skipped = divmod(first, len(tasks))
     chosen = []
-    for i in range(first, first + n):
-        epoch, index = divmod(i, len(tasks))
-        if not chosen or index == 0:
-            order = list(range(len(tasks)))
-            random.Random(f"order-{seed}-{epoch}").shuffle(order)
-        chosen.append(tasks[order[index]])
-    return chosen
+    while len(chosen) < skipped + n:
+        order = list(tasks)
+        random.Random(f"order-{seed}-{epoch}").shuffle(order)
+        chosen += order
+        epoch += 1
+    return chosen[skipped:skipped + n]
 
 
 def every(n: int, tasks: list[Task]) -> list[Task]:
@@ -350,12 +337,17 @@ def every(n: int, tasks: list[Task]) -> list[Task]:
 
 # ------------------------------------------------------------------------------------------------------ files
 def read_rows(file: Path) -> list[tuple[int, dict]]:
-    """(line number, record) of a jsonl or parquet file. UserError with file and line if it is malformed."""
+    """(number, record) of a file: lines of JSON, a list in JSON, or parquet. UserError with file and line if it is
+    malformed."""
     try:
         if file.suffix == ".parquet":
             import pyarrow.parquet
             return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
-        lines = file.read_text("utf-8").split("\n")
+        text = file.read_text("utf-8")
+        if text.lstrip().startswith("["):
+            return list(enumerate(json.loads(text), 1))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: no JSON: {error.msg}") from error
     except ImportError as error:
         raise UserError(f"{file}: parquet needs pyarrow: pip install -r requirements-gaia.txt") from error
     except FileNotFoundError:
@@ -363,7 +355,7 @@ def read_rows(file: Path) -> list[tuple[int, dict]]:
     except (OSError, ValueError) as error:      # ValueError: no UTF-8, no parquet
         raise UserError(f"{file}: cannot be read: {error}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
                 rows.append((number, json.loads(line)))
@@ -419,23 +411,19 @@ def parse_task(record, folder: Path) -> Task:
 def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
     """Tasks in GAIA's layout: metadata (jsonl or parquet) in folder[/2023][/<split>], the files beside it. Levels
     may be text or numbers. The test split has no answers: its tasks get the answer HIDDEN. folder "hub": downloaded."""
-    folder = hub_copy() if folder == "hub" else folder
+    if folder == "hub":         # it needs the token of a user who has accepted the dataset's conditions
+        from huggingface_hub import snapshot_download
+        try:
+            folder = snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
+        except OSError as error:    # refused, not found, no network: all errors of the hub are of this kind
+            raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {HUB} (given at "
+                            "once), then `hf auth login` or HF_TOKEN=...") from error
     for below in (f"2023/{split}", split, "."):
         for name in ("metadata.jsonl", "metadata.parquet"):
             file = Path(folder) / below / name
             if file.is_file():
                 return read_tasks(file, gaia_fields)
     raise UserError(f"{folder}: no metadata.jsonl or .parquet in it, in 2023/{split} or in {split}")
-
-
-def hub_copy() -> str:
-    """GAIA from the hub. It needs the token of a user who has accepted the dataset's conditions."""
-    from huggingface_hub import snapshot_download
-    try:
-        return snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
-    except OSError as error:    # refused, not found, no network: all errors of the hub are of this kind
-        raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {HUB} (given at once), "
-                        "then `hf auth login` or HF_TOKEN=...") from error
 
 
 def gaia_fields(row) -> dict:

@@ -20,14 +20,12 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
-import queue
 from executor import Executor
 from grpo import Group, GRPOConfig, group_advantages, make_optimizer, update as grpo_update
 from machinery import console, ranks
@@ -35,6 +33,7 @@ from machinery.checkpoint import append, begin, keep_best, log_trajectories, res
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.memory import apply_plan
 from machinery.ranks import everyone
+from machinery.sample_queue import Entry, SampleQueue
 from machinery.versions import warn_of_other_versions
 from machinery.web import Cache
 from policy import LORA_RANK, Policy, load_policy, model_config, parameter_counts, preset_for
@@ -44,29 +43,18 @@ from tasks import BUILTIN_TOOLS, HARD, Task, endless, every, read_jsonl, split_t
 from tools import load_tools, open_web, preflight_table
 
 
-def import_sample_queue():
-    """SampleQueue, also where the standard library's `queue` was imported before ours (see queue.py)."""
-    if not hasattr(queue, "SampleQueue"):
-        spec = spec_from_file_location("queue", Path(__file__).with_name("queue.py"))
-        spec.loader.exec_module(module_from_spec(spec))
-    return queue.SampleQueue
-
-
-SampleQueue = import_sample_queue()
-
-
 # ------------------------------------------------------------------------------------------------------- the loop
 def train(run: Run):
     """The method."""
-    finish_step(run)                                             # step 0: the evaluation before any update
+    finish_step(run)                                             # step 0: evaluate; resumed: the saved step
     while not run.ended:
         run.step += 1
         run.clock = console.Clock()
-        groups = judge(run, sample(run, run.groups))
+        groups = judge(run, sample(run, run.rank_groups))
         fresh = advantage(run, groups)
         replayed = replay(run, len(fresh))
         for again in range(1, run.cfg.resample + 1):             # groups that replay did not supply: sample again
-            missing = max(everyone(run.groups - len(fresh) - len(replayed)))
+            missing = max(everyone(run.rank_groups - len(fresh) - len(replayed)))    # of all ranks
             if missing:
                 extra = judge(run, sample(run, missing, again))
                 groups += extra
@@ -94,7 +82,7 @@ def sample(run: Run, n: int, again: int = 0) -> list[Group]:
 
 
 def judge(run: Run, groups: list[Group]) -> list[Group]:
-    """Equation (1): a reward for every trajectory; without a total where the judge or the host failed."""
+    """Equation (1): a reward for every trajectory; *unjudged* where the judge or the host failed."""
     tasks, trajectories = [g.task for g in groups], [g.trajectories for g in groups]
     for group, rewards in zip(groups, compute_rewards(tasks, trajectories, run.judge, run.cfg.w_exec)):
         group.rewards = rewards
@@ -113,14 +101,14 @@ def advantage(run: Run, groups: list[Group]) -> list[Group]:
     return signal
 
 
-def replay(run: Run, fresh: int) -> list[queue.Entry]:
+def replay(run: Run, n_fresh: int) -> list[Entry]:
     """Queued groups in place of groups without signal, at most a set share of the batch."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
-    most = int(run.cfg.replay_share * run.groups)
-    return run.queue.draw(min(run.groups - fresh, most), run.step, rng)
+    most = min(run.rank_groups - n_fresh, int(run.cfg.replay_share * run.rank_groups))
+    return run.queue.draw(most, run.step, rng)
 
 
-def update(run: Run, fresh: list[Group], replayed: list[queue.Entry]):
+def update(run: Run, fresh: list[Group], replayed: list[Entry]):
     """Equations (3) to (8) on one batch of new and old groups. Then the new ones enter the queue."""
     cfg, old = run.cfg, [entry.group for entry in replayed]
     for parameter_group in run.optimizer.param_groups:
@@ -133,9 +121,11 @@ def update(run: Run, fresh: list[Group], replayed: list[queue.Entry]):
     cfg.token_budget = stats.token_budget                        # lower after an out-of-memory
     for note in stats.notes:
         tqdm.write(f"  step {run.step}, process {run.rank}: {note}")
-    off_policy = iter(stats.off_policy_each[sum(is_fresh):])     # of the replayed trajectories, group by group
+    first = sum(is_fresh)                                        # the replayed trajectories follow, group by group
     for entry in replayed:
-        run.queue.report_off_policy(entry, fmean(next(off_policy) for _ in entry.group.batch()))
+        last = first + len(entry.group.batch())
+        run.queue.report_off_policy(entry, fmean(stats.off_policy_each[first:last]))
+        first = last
     for group in fresh:
         run.queue.admit(group, group.std, any(r.answer == 1 for r in group.rewards), run.step)
     run.clock.lap("update")
@@ -228,13 +218,12 @@ def evaluate(run: Run, full: bool) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
-# Defaults are those of a 7B model. policy.preset_for says what differs for a model of another size.
 @dataclass
-class RunConfig:
+class RunConfig:                # defaults are a 7B model's; policy.preset_for says what differs for other sizes
     model: str = option("tiny", "tiny (built in), a Qwen name such as Qwen2.5-7B, a hub id, or a local folder")
     out: str = option("out", "folder of the run")
     resume: bool = option(False, "continue the run in --out")
-    steps: int = option(200, "optimiser steps after which the run ends", zero=True)
+    steps: int = option(200, "steps after which the run ends; a step trains on one batch", zero=True)
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
     seed: int = option(0, "seed of everything", zero=True)
     probe: int = option(0, "sample this many tasks with the untrained model, print whether a run is worth it, end",
@@ -333,8 +322,8 @@ class Run:
         return self.rank == 0
 
     @property
-    def groups(self) -> int:
-        """Groups of a batch on this rank."""
+    def rank_groups(self) -> int:
+        """Groups of a batch on this rank (process)."""
         return self.cfg.groups // self.size
 
     @property
@@ -385,8 +374,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         print(preflight_table(web))
     if cfg.vram is not None:
         apply_plan(cfg, settled)
-    if cfg.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed, lora_rank=cfg.lora_rank)
     tiny = policy.preset.prompt == "short"
     if cfg.deterministic or tiny:
@@ -415,7 +403,7 @@ def queued_group(task_id: str, trajectories: list[dict], step: int, advantages: 
 
 
 def probe(run: Run):
-    """Is a run worth its night? Pass rates of the untrained model, groups with signal, and the hours it would take."""
+    """Is a run worth its hours? Pass rates of the untrained model, groups with signal, and the hours it would take."""
     cfg, run.clock = run.cfg, console.Clock()
     groups = judge(run, sample(run, cfg.probe))
     batch = [pair for group in advantage(run, groups) for pair in group.batch()]

@@ -66,32 +66,25 @@ def chat(url: str, model: str, messages: list[dict], key: str = "", seconds: flo
         raise WebError("bad_answer", "the model's server did not answer with a message") from error
 
 
-def base_reply(policy, messages: list[dict], tokens: int = 32) -> str:
-    """The greedy reply of the policy's base model: the same network with its adapter off, so no second copy.
-
-    Qwen's own generation settings punish repetition, and a verdict repeats words of the prompt: so no penalty.
-    """
+def base_reply(policy, messages: list[dict]) -> str:
+    """The greedy reply of the base model: the same network with its adapter off. Qwen's own generation settings punish
+    repetition, and a verdict repeats words of the prompt: so no penalty."""
     tokenizer, model, training = policy.tokenizer, policy.model, policy.model.training
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = inputs.to(policy.device)    # input_ids: (1, T)
     model.eval()
     try:
         with policy.reference():
-            out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0,
+            out = model.generate(**inputs, max_new_tokens=32, do_sample=False, repetition_penalty=1.0,
                                  pad_token_id=tokenizer.eos_token_id)    # (1, T + new)
     finally:
         model.train(training)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
-def endpoint(kind: str) -> list[str]:
-    """Address, model and key of the server for VISION or AUDIO, as the environment names them."""
-    return [os.environ.get(f"{kind}_{part}", "") for part in ("URL", "MODEL", "API_KEY")]
-
-
 def ask_about_image(web, body: bytes, path: str, question: str) -> str:
     """What the vision model says of an image; WebError if it cannot be asked."""
-    url, model, key = endpoint("VISION")
+    url, model, key = (os.environ.get(f"VISION_{part}", "") for part in ("URL", "MODEL", "API_KEY"))
     data = f"data:{mimetypes.guess_type(path)[0] or 'image/png'};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": data}}]
     return web.answer("ask_image", {"image": hashlib.sha256(body).hexdigest(), "question": question},
@@ -101,7 +94,7 @@ def ask_about_image(web, body: bytes, path: str, question: str) -> str:
 
 def spoken_words(web, body: bytes, path: str) -> str:
     """What the audio model hears in a file; WebError if it cannot be asked."""
-    url, model, key = endpoint("AUDIO")
+    url, model, key = (os.environ.get(f"AUDIO_{part}", "") for part in ("URL", "MODEL", "API_KEY"))
     return web.ask("transcribe", {"audio": hashlib.sha256(body).hexdigest()},
                    web.cache.backend_of("transcribe", model), url.rstrip("/") + "/audio/transcriptions",
                    lambda answer: answer["text"], headers=bearer(key),

@@ -1,8 +1,7 @@
 """What a run writes, so that a kill at any moment loses nothing: checkpoints and logs.
 
 Owns `save` and `restore`, the published adapters (out/, out/best/), the lines of the logs, and the folder of a new run.
-`run` is train.Run, known here by its attributes alone. Read in this order: `save`, `restore`, the packing of the queue
-and of the optimiser.
+`run` is train.Run. Read in this order: `save`, `restore`, the packing of the queue and of the optimiser.
 
 out/state/step-N/ holds all of a step as safetensors and JSON (no pickle); the two newest are kept. A checkpoint is
 written into a folder `partial` and then renamed. It holds the lengths of the logs, which `restore` cuts back to them.
@@ -19,14 +18,13 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from machinery.cli import UserError, flag_name
+from machinery.cli import UserError, claim_folder, flag_name
 from machinery.ranks import barrier, everyone
 from policy import save_adapter
 
 PROGRESS = ("step", "position", "online", "best", "before", "pending")
-PER_TOKEN = ("ids", "mask", "logps")                 # of a trajectory: stored as tensors, left out of the text
-KINDS = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
+PER_TOKEN = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}    # stored as tensors, not as text
 
 
 @contextlib.contextmanager
@@ -47,15 +45,19 @@ def append(run, name: str, rows: list[dict]):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def light(trajectory) -> dict:
+    """A trajectory without what there is per token."""
+    return {k: v for k, v in trajectory.to_dict().items() if k not in PER_TOKEN}
+
+
 def log_trajectories(run, groups: list):
-    """Every trajectory as a line of trajectories.jsonl, without what there is per token."""
+    """Every trajectory as a line of trajectories.jsonl."""
     rows = []
     for group in groups:
         advantages = group.advantages or [None] * len(group.trajectories)
         for t, reward, a in zip(group.trajectories, group.rewards, advantages):
-            light = {k: v for k, v in t.to_dict().items() if k not in PER_TOKEN}
             rows.append({"step": run.step, "task": group.task.id, "question": group.task.question,
-                         "expected": group.task.answer, "reward": asdict(reward), "advantage": a, **light})
+                         "expected": group.task.answer, "reward": asdict(reward), "advantage": a, **light(t)})
     for part in everyone(rows):
         if run.main:
             append(run, "trajectories.jsonl", part)
@@ -68,17 +70,6 @@ def write_synced(path: Path, text: str):
         os.fsync(file.fileno())
 
 
-def new_folder(out: Path):
-    """Make the folder of a run. An older run in it is moved aside: nothing is ever overwritten."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / "run.json").exists():
-            raise UserError(f"--out {out} is not empty and holds no run of train.py: name another folder")
-        free = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
-        out.rename(f"{out}.{free}")
-        print(f"{out} held another run: it was moved to {out}.{free}")
-    (out / "best").mkdir(parents=True)
-
-
 def cpu_seconds(run) -> float:
     t = os.times()
     return run.cpu_seconds + t.user + t.system + t.children_user + t.children_system
@@ -89,15 +80,16 @@ def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
     if run.main:
         with writing(run.out):
-            new_folder(run.out)
-            for folder in (run.out, run.out / "best"):           # run.json first: new_folder knows a run by it
+            claim_folder(run.out, "run.json", "run")
+            (run.out / "best").mkdir()
+            for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it
                 write_synced(folder / "run.json", json.dumps(inherited, indent=1))
                 save_adapter(run.policy, folder)
     save(run)
 
 
-RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every",    # may differ on --resume
-             "vram", "slots", "token_budget"}                                   # these only bound memory
+# may differ on --resume; the last three only bound memory
+RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every", "vram", "slots", "token_budget"}
 
 
 def resumed(cfg, given: set[str]):
@@ -142,10 +134,9 @@ def save_shared(run, part: Path):
     save_file(weights, part / "adapter_model.safetensors")
     tensors, scalars = pack_optimizer(run.optimizer)
     save_file(tensors, part / "optimizer.safetensors")
-    logs = {name: run.out / name for name in LOGS}
     state = {name: getattr(run, name) for name in PROGRESS}
     state |= {"seconds": run.elapsed(), "cpu_seconds": cpu_seconds(run), "optimizer": scalars, "ranks": run.size,
-              "logs": {name: file.stat().st_size if file.exists() else 0 for name, file in logs.items()}}
+              "logs": {log: (run.out / log).stat().st_size if (run.out / log).exists() else 0 for log in LOGS}}
     write_synced(part / "state.json", json.dumps(state))
 
 
@@ -206,11 +197,10 @@ def pack_queue(sample_queue) -> tuple[dict, dict]:
     for i, entry in enumerate(state["entries"]):
         group = entry.pop("group")
         trajectories, advantages = zip(*group.batch())
-        for key, kind in KINDS.items():
+        for key, kind in PER_TOKEN.items():
             tensors[f"{i}.{key}"] = torch.tensor([x for t in trajectories for x in getattr(t, key)], dtype=kind)
-        light = [{k: v for k, v in t.to_dict().items() if k not in PER_TOKEN} for t in trajectories]
-        entries.append({"task": group.task.id, "trajectories": light, "advantages": list(advantages),
-                        "lengths": [len(t.ids) for t in trajectories], **entry})
+        entries.append({"task": group.task.id, "trajectories": [light(t) for t in trajectories],
+                        "advantages": advantages, "lengths": [len(t.ids) for t in trajectories], **entry})
     return tensors, {"entries": entries, "counts": state["counts"]}
 
 
@@ -218,10 +208,11 @@ def unpack_queue(tensors: dict, packed: dict, make_group) -> dict:
     """The inverse of pack_queue."""
     entries = []
     for i, entry in enumerate(packed["entries"]):
-        lengths, light = entry.pop("lengths"), entry.pop("trajectories")
-        columns = {key: tensors[f"{i}.{key}"].split(lengths) for key in PER_TOKEN}
-        whole = [t | {key: columns[key][j].tolist() for key in columns} for j, t in enumerate(light)]
-        group = make_group(entry.pop("task"), whole, entry["step"], entry.pop("advantages"))
+        lengths, trajectories = entry.pop("lengths"), entry.pop("trajectories")
+        for key in PER_TOKEN:
+            for t, column in zip(trajectories, tensors[f"{i}.{key}"].split(lengths)):
+                t[key] = column.tolist()
+        group = make_group(entry.pop("task"), trajectories, entry["step"], entry.pop("advantages"))
         entries.append({"group": group, **entry})
     return {"entries": entries, "counts": packed["counts"]}
 

@@ -4,10 +4,12 @@ Bad input ends with one clear line and exit status 2, Ctrl-C with 130. Owns `Use
 `parse_settings`.
 """
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 
@@ -33,6 +35,18 @@ def exit_status(command: Callable[[], None]) -> int:
         print(": ".join(["\ninterrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
+
+
+def claim_folder(out: Path, mark: str, what: str):
+    """Make the folder of a new run or evaluation. An older one in it, known by its file `mark`, is moved aside: nothing
+    is ever overwritten."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / mark).exists():
+            raise UserError(f"--out {out} is not empty and holds no {what}: name another folder")
+        aside = next(f"{out}.{i}" for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
+        out.rename(aside)
+        print(f"{out} held another {what}: it was moved to {aside}")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 # ------------------------------------------------------------------------------------- settings: a dataclass of options
@@ -65,19 +79,12 @@ def parse_settings(parser: OneLineParser, config: type, argv=None) -> dict:
         except ValueError:
             raise UserError(f"--set {assignment}: the value is no {kinds[name].__name__}") from None
     for f in fields(config):
-        check_bounds(f, given.get(f.name))
+        value, zero = given.get(f.name), f.metadata["zero"]
+        if isinstance(value, (int, float)) and not (0 < value < math.inf or zero and value == 0):
+            name = flag_name(f.name) if f.metadata["flag"] else f"--set {f.name}"
+            raise UserError(f"{name} {value}: it must be {'0 or more' if zero else 'more than 0'}")
     return given
 
 
 def flag_name(setting: str) -> str:
     return "--" + setting.replace("_", "-")
-
-
-def check_bounds(setting, value):
-    """UserError for a number that is negative, not finite, or 0 where that makes no sense."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    zero = setting.metadata["zero"]
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        name = flag_name(setting.name) if setting.metadata["flag"] else f"--set {setting.name}"
-        raise UserError(f"{name} {value}: it must be {'0 or more' if zero else 'more than 0'}")

@@ -10,6 +10,7 @@ from statistics import fmean
 from machinery.checkpoint import cpu_seconds
 from machinery.ranks import everyone
 
+
 class Clock(dict):
     """Seconds per phase; `tokens` counts what was sampled."""
     def __init__(self):
@@ -112,22 +113,18 @@ def out_of_time(run) -> bool:
     return everyone(spent + 1.2 * needed > run.cfg.max_hours * 3600)[0]
 
 
-def as_text(task, trajectory, reward) -> str:
-    """A whole trajectory as a person reads it."""
-    lines = [f"--- {task.id}: {task.question}"]
-    for turn in trajectory.turns:
-        lines.append(turn.text.strip())
-        if turn.observation:
-            lines.append(f"Observation: {turn.observation.strip()}")
-    lines.append(f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop {trajectory.stop_reason}, "
-                 f"reward {reward.total}")
-    return "\n".join(lines)
-
-
 def show_trajectory(run, group):
-    """Every show_every-th step: one whole trajectory, as text."""
-    if (run.step - 1) % run.cfg.show_every == 0:
-        run.say(as_text(group.task, group.trajectories[0], group.rewards[0]))
+    """Every show_every-th step: one whole trajectory, as a person reads it."""
+    if (run.step - 1) % run.cfg.show_every != 0:
+        return
+    task, trajectory = group.task, group.trajectories[0]
+    run.say(f"--- {task.id}: {task.question}")
+    for turn in trajectory.turns:
+        run.say(turn.text.strip())
+        if turn.observation:
+            run.say(f"Observation: {turn.observation.strip()}")
+    run.say(f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop {trajectory.stop_reason}, "
+            f"reward {group.rewards[0].total}")
 
 
 def report(run):
@@ -162,7 +159,7 @@ def show_probe(run, groups: Sequence):
     signal = sum(g.advantages is not None for g in groups) / len(groups)
     run.say(f"groups with signal {signal:.2f}, tokens per trajectory "
             f"{fmean(len(t.ids) for t in trajectories):.0f} (sampled {fmean(sum(t.mask) for t in trajectories):.0f})")
-    batches = cfg.steps * run.groups / cfg.probe
+    batches = cfg.steps * run.rank_groups / cfg.probe
     hours = {phase: run.clock[phase] * batches / 3600 for phase in ("sampling", "judging", "update")}
     run.say(f"a run of {cfg.steps} steps: " + ", ".join(f"{phase} {h:.2f} h" for phase, h in hours.items())
             + f", in all {sum(hours.values()):.2f} h, evaluations apart")

@@ -1,9 +1,8 @@
 """Documents as text: pages of the web and files of the working directory, as Markdown, cut into pages.
 
-Owns `WebError` (what a tool tells the model instead of an answer), the way to a file, and the parsers. It imports
-nothing of this project, because `to_text` runs this file as a script in a process of its own.
-
-Read in this order: `page_text`, `document`, `to_text`, the parsers; `file_bytes`. `context` is a tools.ToolContext.
+Owns `WebError`, the way to a file, and the parsers. It imports nothing of this project, because `to_text` runs this
+file as a script. Read in this order: `page_text`, `document`, `to_text`, the parsers; `file_bytes`. `context` is a
+tools.ToolContext.
 """
 import hashlib
 import io
@@ -86,7 +85,7 @@ def file_bytes(context, path: str) -> bytes:
     found = known.get("/".join(parts))
     if found is None:
         raise WebError("no_file", f"{path}: only attachments and downloads can be read: {', '.join(known) or 'none'}")
-    return found if isinstance(found, bytes) else Path(found).read_bytes()[:MAX_FILE]
+    return found if isinstance(found, bytes) else found.read_bytes()[:MAX_FILE]
 
 
 def open_below(folder: Path, parts: tuple[str, ...]) -> bytes:
@@ -110,10 +109,8 @@ def open_below(folder: Path, parts: tuple[str, ...]) -> bytes:
 
 # --------------------------------------------------------------------------------------------------- parsers
 def to_text(body: bytes, suffix: str, sheet: str = "", seconds: float = 60.0) -> str:
-    """A document as Markdown, or the text it is. suffix: ".pdf", ".html"... WebError if it cannot be read.
-
-    It is parsed in a process without keys in its environment and with limits: a file of the web may be hostile.
-    """
+    """A document as Markdown, or the text it is; WebError if it cannot be read. It is parsed in a process without keys
+    in its environment and with limits: a file of the web may be hostile."""
     if suffix not in PARSERS:
         return decode(body)
     try:

@@ -41,3 +41,14 @@ class HeadLogps(torch.autograd.Function):
     def backward(ctx, grad_logp, _):
         jacobian, = ctx.saved_tensors
         return (grad_logp[:, None] * jacobian).to(jacobian.dtype), None, None, None, None
+
+
+def head_logps(causal, states: torch.Tensor, targets: torch.Tensor, temperature: float, chunk: int | None = None):
+    """(log-probs, entropies) of the targets (N,), given the hidden states (N, H) before them: both (N,).
+
+    causal: the language model without its PEFT wrapping. chunk: positions whose logits exist at one time.
+    """
+    head = causal.get_output_embeddings()
+    assert not head.weight.requires_grad and head.bias is None, "HeadLogps has no gradient for the head"
+    chunk = chunk or max(1, 2**26 // len(head.weight))          # 256 MiB of logits
+    return HeadLogps.apply(states, head.weight, targets, temperature, chunk)

@@ -87,12 +87,10 @@ def plan_memory(model: str, vram: float, quantize: str = "auto", most_slots: int
         return plan
     others = [(model, quantize, {"context": given.get("context")}), (model, quantize, {}),
               *((other, "nf4", {}) for other in (model, *reversed(QWEN25)))]
-    alternative = "no Qwen2.5 model does"
-    for other, kind, kept in others:
-        if plan := fit(other, room, kind, **kept):
-            alternative = (f"{other} (--quantize {kind}) with {plan.slots} slots, a context of {plan.context_tokens} "
-                           f"and micro-batches of {plan.token_budget} tokens does")
-            break
+    plans = ((other, kind, fit(other, room, kind, **kept)) for other, kind, kept in others)
+    alternative = next((f"{other} (--quantize {kind}) with {plan.slots} slots, a context of {plan.context_tokens} "
+                        f"and micro-batches of {plan.token_budget} tokens does" for other, kind, plan in plans if plan),
+                       "no Qwen2.5 model does")
     asked = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
     raise UserError(f"{model} (--quantize {quantize}) with {asked or '2048 or more tokens of context'} does "
                     f"not fit {vram:g} GiB; {alternative}")

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from machinery.engine import refusal
-from machinery.head import HeadLogps
+from machinery.head import head_logps
 
 SHORTEST = 8        # a branch-free run shorter than this is repeated below its branches: one attention call less
 
@@ -105,7 +105,7 @@ class Tree:
     sequences: list[list[int]]
     shared_heads: int
 
-    def part(self, rows: slice) -> "Tree":
+    def __getitem__(self, rows: slice) -> "Tree":
         """The tree of some of the sequences."""
         return make_tree(self.sequences[rows], self.shared_heads, self.ids.device, self.place.shape[1])
 
@@ -161,21 +161,18 @@ def shared_heads(model) -> int:
     return config.num_attention_heads // config.num_key_value_heads
 
 
-def tree_logps(model, tree: Tree, mask: torch.Tensor, temperature=1.0, chunk: int | None = None):
+def tree_logps(model, tree: Tree, mask: torch.Tensor, temperature: float):
     """As grpo.token_logps: (log-probs, entropies) of the sampled tokens, both (B, T), fp32, 0 outside of mask.
 
     The model has to attend with `attend` (see engine.attention), in the backward pass too: activation checkpointing
     computes the blocks again there.
     """
     causal = model.get_base_model()                     # the adapter lies in its layers
-    head = causal.get_output_embeddings()
-    assert not head.weight.requires_grad and head.bias is None, "HeadLogps has no gradient for the head"
     hidden = causal.base_model(input_ids=tree.ids[None], position_ids=tree.depths[None], use_cache=False,
                                tree=tree).last_hidden_state[0]                          # (N, H)
     nodes, which = tree.place[mask].unique(return_inverse=True)     # (M,) tokens sampled by anyone; (n,) of the mask
-    chunk = chunk or max(1, 2**26 // len(head.weight))  # 256 MiB of logits
     states = hidden[tree.previous[nodes]]                                               # (M, H)
-    logp, entropy = HeadLogps.apply(states, head.weight, tree.ids[nodes], temperature, chunk)   # (M,)
+    logp, entropy = head_logps(causal, states, tree.ids[nodes], temperature)            # (M,), (M,)
     zeros = logp.new_zeros(mask.shape)                                                  # (B, T)
     return (zeros.masked_scatter(mask, logp.index_select(0, which)),
             zeros.masked_scatter(mask, entropy.index_select(0, which)))

@@ -37,10 +37,10 @@ def parts(text: str) -> list[str]:
     return [part for part in found if part]
 
 
-def ngrams(text: str, n: int = 8) -> set[tuple]:
-    """The sequences of n words of a text, without case and punctuation."""
+def ngrams(text: str) -> set[tuple]:
+    """The sequences of 8 words of a text, without case and punctuation."""
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
+    return {tuple(words[i:i + 8]) for i in range(len(words) - 7)}
 
 
 def holds_benchmark(text: str, question: str) -> bool:

@@ -12,14 +12,13 @@ def warn_of_other_versions() -> None:
     """Print one line on stderr if a version differs; say nothing if all are as pinned, or if there is no such file."""
     text = REQUIREMENTS.read_text("utf-8") if REQUIREMENTS.is_file() else ""
     differ = []
-    for name, pinned in re.findall(r"^([\w-]+)==(\S+)", text, re.MULTILINE):
-        if name in PINNED:
-            try:
-                installed = version(name).split("+")[0]         # 2.13.0+cu130 is 2.13.0, built for a GPU
-            except PackageNotFoundError:
-                installed = "missing"
-            if installed != pinned:
-                differ.append(f"{name} {installed} (tested with {pinned})")
+    for name, pinned in re.findall(rf"^({'|'.join(PINNED)})==(\S+)", text, re.MULTILINE):
+        try:
+            installed = version(name).split("+")[0]             # 2.13.0+cu130 is 2.13.0, built for a GPU
+        except PackageNotFoundError:
+            installed = "missing"
+        if installed != pinned:
+            differ.append(f"{name} {installed} (tested with {pinned})")
     if differ:
         print(f"warning: other versions than in requirements.txt: {', '.join(differ)}. The code relies on internals of "
               "these packages: run the tests before you trust the results", file=sys.stderr)

@@ -195,9 +195,7 @@ def body_of(response, deadline: float) -> bytes:
         size += len(chunk)
         if size > MAX_BYTES:
             raise WebError("too_large", f"more than {MAX_BYTES // 2**20} MiB", keep=True)
-        if time.monotonic() >= deadline:
-            break
-    if time.monotonic() >= deadline:    # also where the cut connection looks like the end of the page
+    if time.monotonic() >= deadline:    # the connection is cut then, which looks like the end of the page
         raise WebError("timeout", "the site is too slow")
     return b"".join(chunks)
 

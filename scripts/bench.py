@@ -1,8 +1,8 @@
 """Benchmarks: `python -m scripts.bench {executor,rollout,update} [--quick] [--json FILE]`.
 
 One section per benchmark, in any order. Each has a function `bench_<name>(args) -> dict`, which prints its figures
-and returns them for --json; `main` calls it. Both sides of a comparison run in one process: machines differ, and the
-load changes. The other side, the naive way, is in tests/.
+and returns them for --json. Both sides of a comparison run in one process: machines differ, and the load changes. The
+naive way is in tests/.
 """
 import sys
 
@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from torch.utils.benchmark import Timer
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from machinery.memory import memory
 from policy import QWEN25, Policy, Preset, head_size, model_config, never_repack, new_adapter
@@ -31,13 +32,37 @@ import bitsandbytes as bnb      # after policy, which quiets its import
 import grpo
 import rollout
 from machinery import engine
+from machinery.head import head_logps
 from executor import Executor, Limits
 from machinery.cli import OneLineParser, exit_status
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from naive_update import naive_logps, naive_update, random_batch
+from naive_update import naive_logps, naive_update, random_batch, siblings
 from oracle import oracle
 from scripted import Workload, scripted
+
+
+def measured(device: torch.device, work) -> tuple[object, dict]:
+    """(work(), its figures): seconds, GiB at the peak, and GiB at the peak above what was held before. On the CPU:
+    processor seconds, as other programs do not count, and the memory that the kernel counts for this process."""
+    gpu = device.type == "cuda"
+
+    def gib(name: str, counter) -> float:
+        if gpu:
+            return counter() / 2**30
+        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    gc.collect()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")       # VmHWM, the peak of VmRSS, begins again
+    held, wall, cpu = gib("VmRSS", torch.cuda.memory_allocated), time.perf_counter(), time.process_time()
+    result = work()
+    if gpu:
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = gib("VmHWM", torch.cuda.max_memory_allocated)
+    return result, {"seconds": wall if gpu else cpu, "wall_s": wall, "peak_gib": peak, "gib": peak - held}
 
 
 # ------------------------------------------------------------------------------------------------ the rollout
@@ -82,36 +107,19 @@ def run_engine(model, work: Workload, slots: int, latency=(0.0, 0.0)) -> dict:
     episodes = scripted(work, model.config.vocab_size, latency)
     with engine.sampling_mode(model, deterministic=False):
         sampler = engine.Engine(model, slots, work.context, 1.0, [], rollout.sample_tokens)
-        start = Stopwatch(model)
-        out = list(sampler.sample(episodes))
-        figures = start.figures(sampler.sampled)
+        out, figures = measured(model.device, lambda: list(sampler.sample(episodes)))
     # every token once, a prompt once per group, and the last token of a trajectory never
     minimum = sum(len(ids) - 1 - work.prompt for _, ids, *_ in out) + work.groups * work.prompt
-    return figures | {"slots": slots, "steps": sampler.ticks, "idle_share": sampler.idle / figures["wall_s"],
+    return figures | {"sampled": sampler.sampled, "tokens_per_s": sampler.sampled / figures["seconds"],
+                      "slots": slots, "steps": sampler.ticks, "idle_share": sampler.idle / figures["wall_s"],
                       "forwarded_over_minimum": sampler.forwarded / minimum, "out": out}
 
 
 def run_oracle(model, work: Workload, batch: int) -> dict:
     episodes, never = scripted(work, model.config.vocab_size), np.zeros(model.config.vocab_size, dtype=bool)
-    start = Stopwatch(model)
-    out = list(oracle(model, episodes, work.context, 1.0, never, batch))
-    return start.figures(sum(sum(mask) for _, _, mask in out)) | {"batch": batch}
-
-
-class Stopwatch:
-    """Wall seconds on a GPU. On the CPU processor seconds of the one thread: other programs do not count."""
-
-    def __init__(self, model):
-        self.gpu = model.device.type == "cuda"
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def figures(self, sampled: int) -> dict:
-        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        seconds = wall if self.gpu else cpu
-        peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.gpu else {}
-        return {"seconds": seconds, "wall_s": wall, "sampled": sampled, "tokens_per_s": sampled / seconds} | peak
+    out, figures = measured(model.device, lambda: list(oracle(model, episodes, work.context, 1.0, never, batch)))
+    sampled = sum(sum(mask) for _, _, mask in out)
+    return figures | {"sampled": sampled, "tokens_per_s": sampled / figures["seconds"], "batch": batch}
 
 
 @torch.no_grad()
@@ -130,13 +138,8 @@ def largest_logp_difference(model, out: list) -> float:
 def roofline_share(model, result: dict) -> float:
     """The share of the seconds that memory alone would take: weights read once per tick, context once per token."""
     big = torch.empty(2**30, dtype=torch.uint8, device=model.device)
-    copy = big.clone()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        copy.copy_(big)
-    torch.cuda.synchronize()
-    bandwidth = 10 * 2 * 2**30 / (time.perf_counter() - start)      # bytes/s, read and write
+    timer = Timer("copy.copy_(big)", globals={"copy": big.clone(), "big": big})
+    bandwidth = 2 * 2**30 / timer.timeit(10).mean               # bytes/s, read and write
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 2   # bytes, bf16
@@ -145,8 +148,8 @@ def roofline_share(model, result: dict) -> float:
 
 
 def cap_memory(gib: float) -> None:
-    share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def bench_rollout(args) -> dict:
@@ -184,23 +187,6 @@ def print_figures(figures: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the update
-def peak_memory(device: str, work) -> tuple[float, float, object]:
-    """(GiB at the peak above what was held before, seconds, work()). On the CPU: what the kernel counts for this
-    process, and processor seconds."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before, began, result = torch.cuda.memory_allocated(), time.perf_counter(), work()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30, time.perf_counter() - began, result
-
-    def gib(name: str) -> float:
-        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")       # VmHWM, the peak of VmRSS, begins again
-    before, began, result = gib("VmRSS"), time.process_time(), work()
-    return gib("VmHWM") - before, time.process_time() - began, result
-
-
 def as_policy(network) -> Policy:
     return Policy(network, None, network.device, "random weights", Preset())
 
@@ -223,36 +209,54 @@ def bench_update(args) -> dict:
     head, mask = base.lm_head.weight, whole.mask[:, 1:]
     rows, sampled = mask.nonzero(as_tuple=True), whole.ids[:, 1:][mask]
     ways = {
-        "head": lambda: grpo.HeadLogps.apply(hidden[rows], head, sampled, 1.0, 2**26 // len(head))[0].sum().backward(),
+        "head": lambda: head_logps(base, hidden[rows], sampled, 1.0)[0].sum().backward(),
         "head, naive": lambda: naive_logps(hidden, head, whole.ids)[mask].sum().backward(),
         "update": lambda: grpo.update(policy, optimizer, batch, cfg).loss,
         "update, naive": lambda: naive_update(policy, optimizer, batch, cfg)}
     for way in ways.values():
-        peak_memory(device.type, way)                           # warms up
+        measured(device, way)                                   # warms up
     found = {name: [] for name in ways}
     for _ in range(1 if args.quick else 2):
         for name, way in ways.items():
-            found[name].append(peak_memory(device.type, way))
-    if abs(found["update"][0][2] - found["update, naive"][0][2]) > 1e-4:
+            found[name].append(measured(device, way))
+    if abs(found["update"][0][0] - found["update, naive"][0][0]) > 1e-4:
         raise AssertionError("the two updates have different losses")
-    gib = {name: max(memory for memory, _, _ in results) for name, results in found.items()}
-    seconds = {name: min(duration for _, duration, _ in results) for name, results in found.items()}
+    gib = {name: max(f["gib"] for _, f in results) for name, results in found.items()}
+    seconds = {name: min(f["seconds"] for _, f in results) for name, results in found.items()}
     print(f"{len(batch)} trajectories, {sum(lengths)} tokens, {len(sampled)} sampled, vocabulary 152064, {device}")
     for name in ways:
         print(f"{name:<16}{gib[name]:>7.2f} GiB{seconds[name]:>8.2f} s{sum(lengths) / seconds[name]:>8.0f} tokens/s")
     figures = {"head_memory_ratio": gib["head, naive"] / gib["head"],
                "update_memory_ratio": gib["update, naive"] / gib["update"],
-               "time_ratio": seconds["update"] / seconds["update, naive"]}
+               "time_ratio": seconds["update"] / seconds["update, naive"], **bench_prefix_tree(args.quick)}
     print_figures(figures)
     return figures | {"tokens_per_second": sum(lengths) / seconds["update"], "gib": gib, "seconds": seconds}
 
 
-def bench_real_shape(args) -> dict:
-    """Sampling, and the update with its reference pass, at the shape of a real model: peak memory beside the plan's.
+def bench_prefix_tree(quick: bool) -> dict:
+    """The padded update over the one in which every distinct prefix is computed once: time and memory, at the shape of
+    SmolLM2-135M: 4 groups of 8 with a system prompt of 350 tokens, questions of 30, 80 sampled. quick: smaller."""
+    config = SMALL if quick else LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True)
+    network = new_adapter(AutoModelForCausalLM.from_config(config).requires_grad_(False))
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    policy = as_policy(network.eval())
+    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)
+    batch = siblings(config.vocab_size, *((70, 6, 16) if quick else (350, 30, 80)))
+    (padded_loss, padded), (loss, tree) = [measured(network.device, lambda plain=plain: grpo.update(
+        policy, optimizer, batch, grpo.GRPOConfig(), plain=plain).loss) for plain in (True, False)]
+    if abs(padded_loss - loss) > 1e-5:
+        raise AssertionError("the two updates have different losses")
+    memory_ratio = {} if quick else {"prefix_tree_memory_ratio": padded["gib"] / tree["gib"]}    # small ones are noise
+    return {"prefix_tree_ratio": padded["seconds"] / tree["seconds"], "prefix_tree_seconds": tree["seconds"],
+            **memory_ratio}
 
-    The peak is that of torch's tensors, so the plan's part for CUDA itself is left out. On the CPU the base computes
-    in fp32, and the memory of weights and adapter is taken from the plan: a CPU only shows that it runs.
-    """
+
+def bench_real_shape(args) -> dict:
+    """Sampling, and the update with its reference pass, at the shape of a real model: peak memory beside the plan's,
+    without the plan's part for CUDA itself. On the CPU the base computes in fp32, and the memory of weights and adapter
+    is taken from the plan: a CPU only shows that it runs."""
     gpu = torch.cuda.is_available()
     if gpu:
         cap_memory(args.vram - 1)       # 1 GiB is for CUDA itself
@@ -267,15 +271,14 @@ def bench_real_shape(args) -> dict:
         del plan["runtime: CUDA context, fragmentation"]
         work = Workload(slots // 8, 1, (32, 32), (1, 1), tokens - 64, tokens)
         batch, cfg = random_batch(vocabulary, [tokens] * 2), grpo.GRPOConfig(token_budget=tokens)
-        phases = {"sampling": lambda work=work: run_engine(network, work, slots)["seconds"],
-                  "update": lambda batch=batch, cfg=cfg: grpo.update(policy, optimizer, batch, cfg).loss}
-        for column, (phase, action) in enumerate(phases.items()):
-            planned = sum(part[column] for part in plan.values())
-            held = plan["weights"][0] + plan["adapter, gradients, 8-bit optimiser"][0]      # no gradients yet
-            held = torch.cuda.memory_allocated() / 2**30 if gpu else held
-            gib, seconds, _ = peak_memory(network.device.type, action)
-            figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": held + gib, "planned": planned}
-            print(f"{tokens} tokens, {phase}: {seconds:.1f} s, peak {held + gib:.2f} GiB, planned {planned:.2f}")
+        sampling = run_engine(network, work, slots)
+        _, updating = measured(network.device, lambda b=batch, cfg=cfg: grpo.update(policy, optimizer, b, cfg).loss)
+        held = plan["weights"][0] + plan["adapter, gradients, 8-bit optimiser"][0]          # no gradients yet
+        for column, (phase, found) in enumerate({"sampling": sampling, "update": updating}.items()):
+            planned, seconds = sum(part[column] for part in plan.values()), found["seconds"]
+            gib = found["peak_gib"] if gpu else held + found["gib"]
+            figures[f"{phase}_{tokens}"] = {"seconds": seconds, "gib": gib, "planned": planned}
+            print(f"{tokens} tokens, {phase}: {seconds:.1f} s, peak {gib:.2f} GiB, planned {planned:.2f}")
     return figures
 
 

@@ -6,9 +6,9 @@
 Owns `read_mat` (question-answer pairs from MAT / MM-Traj, Gao et al. 2024, arXiv 2412.15606) and `overlap` (with
 GAIA). Read in this order: `pair_of`, `read_mat`, `overlap`, `make_training_file`.
 
-MAT holds tasks, each with the trajectory of an agent that solved it. Tool-R1 takes only questions and answers, about
-1,300 of them. We do not know how the paper chose its 1,300: the filters here are ours, and each of them counts what
-it drops. Before you publish a GAIA figure: the generator of MAT was prompted with questions of GAIA's validation set.
+MAT holds tasks, each with the trajectory of an agent. Tool-R1 takes about 1,300 questions and answers of it. We do not
+know how the paper chose them: the filters here are ours, and each counts what it drops. Before you publish a GAIA
+figure: the generator of MAT was prompted with questions of GAIA's validation set.
 """
 import sys
 
@@ -22,7 +22,7 @@ import os
 import random
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from reward import clean
@@ -107,15 +107,8 @@ def pair_of(record: dict, folder: Path) -> Task:
 
 def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
     """(tasks, dropped records per reason) of a MAT / MM-Traj file: a JSON list, or one record per line."""
-    try:
-        text = file.read_text("utf-8")
-        records = json.loads(text) if text.lstrip().startswith("[") else [row for _, row in read_rows(file)]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
     tasks, dropped, seen, ids = [], Counter(), set(), Counter()
-    for number, record in enumerate(records):
+    for number, (_, record) in enumerate(read_rows(file)):
         try:
             if not isinstance(record, dict):
                 raise Dropped("no record")
@@ -159,30 +152,14 @@ def overlap(tasks: list[Task], exam: list[Task]) -> dict[str, list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------ the command
-def line_of(task: Task, folder: Path) -> str:
-    files = [os.path.relpath(file, folder) for file in task.files.values()]
-    return json.dumps({"id": task.id, "question": task.question, "answer": task.answer, "files": files,
-                       "level": task.level, "family": task.family}) + "\n"
-
-
-def is_ours(file: Path) -> bool:
-    """Whether a file has the format of train.jsonl already."""
-    try:
-        first = file.read_text("utf-8").strip().split("\n")[0]
-        return file.suffix == ".jsonl" and {"id", "question", "answer"} <= set(json.loads(first))
-    except (ValueError, TypeError):    # no JSON, no UTF-8, no object: read_mat will say what is wrong
-        return False
-
-
 def make_training_file(args) -> None:
     """Read, check, choose, write; print what was dropped and why."""
-    if not args.data.is_file():
-        raise UserError(f"{args.data}: no such file")
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already, and nothing is overwritten")
     if args.remove_overlap and not args.gaia_dir:
         raise UserError("--remove-overlap needs --gaia-dir")
-    if is_ours(args.data):
+    first = next((record for _, record in read_rows(args.data)), None)
+    if args.data.suffix == ".jsonl" and isinstance(first, dict) and {"id", "question", "answer"} <= first.keys():
         tasks, dropped, n = read_jsonl(args.data), Counter(), args.n or 0
     else:
         tasks, dropped = read_mat(args.data, args.files or args.data.parent)
@@ -198,7 +175,10 @@ def make_training_file(args) -> None:
     if not tasks:
         raise UserError(f"{args.data}: nothing is left of {records} records: {dict(dropped)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(line_of(t, args.out.resolve().parent) for t in tasks), "utf-8")
+    with args.out.open("w") as out:
+        for task in tasks:
+            files = [os.path.relpath(file, args.out.resolve().parent) for file in task.files.values()]
+            out.write(json.dumps(asdict(replace(task, files=files))) + "\n")
     report = {"source": str(args.data), "seed": args.seed, "read": records, "kept": len(tasks),
               "dropped": dropped, "flagged": flagged, "ids": [t.id for t in tasks]}
     Path(f"{args.out}.report.json").write_text(json.dumps(report, indent=1))

@@ -11,12 +11,11 @@ Reading order: DEMOS -> demonstrate -> build_tokenizer, build_model -> the two k
   skipped turn), a third are right, and the rest show a rare mistake. The thought is the same in all of them: the
   model decides in the code.
 * In the core families, the common mistake never swaps two words that are copied from the question (such as source
-  and target unit): the model would write both orders equally often, and a model of this size cannot learn from
-  outcomes alone which order is right.
-* Observations are real: the code of a demonstration runs, in this process, because it is our own code. Tokens are
-  put together turn by turn, as the rollout does it, and the loss is on the tokens of the policy only.
-* Every demonstration has new names, from the training side of the world: a model would learn a small set of names
-  by heart. Copying is learned slowly, so training begins with it, on random tokens.
+  and target unit): a model of this size cannot learn from outcomes alone which order is right.
+* Observations are real: the code of a demonstration runs, in this process. Tokens are put together turn by turn, as
+  the rollout does it, and the loss is on the tokens of the policy only.
+* Every demonstration has new names: a model would learn a small set of names by heart. Copying is learned slowly, so
+  training begins with it, on random tokens.
 """
 import sys
 
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -106,8 +106,7 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
             result = CellResult("ok", value=repr(value))
             forced = chat.between(chat.observation(result.observation(), OBSERVATION_TOKENS), turn[-1])
             ids, mask = ids + forced, mask + [0] * len(forced)
-    right = str(answers[0]) == task.answer
-    if right != (way == 0):     # a mistake that gives the right answer by chance: take another task
+    if (str(answers[0]) == task.answer) != (way == 0):      # a mistake that is right by chance: take another task
         return demonstrate(chat, family, rng, way)
     return ids, mask
 
@@ -163,10 +162,8 @@ def demonstration_batches(chat: Chat, rng: random.Random) -> Iterator[tuple[torc
         made = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0]) for _ in range(256)]
         made.sort(key=lambda ids_mask: len(ids_mask[0]))
         for start in rng.sample(range(0, 256, 32), 8):
-            rows = made[start:start + 32]
-            longest = len(rows[-1][0])
-            ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])           # (32, T)
-            yield ids, torch.tensor([mask + [0] * (longest - len(mask)) for _, mask in rows])
+            ids, mask = zip(*made[start:start + 32])
+            yield pad_sequence(list(map(torch.tensor, ids)), True), pad_sequence(list(map(torch.tensor, mask)), True)
 
 
 def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0, decay: float = 0.0) -> None:

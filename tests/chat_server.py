@@ -15,7 +15,9 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 outer.requests.append((self.path, dict(self.headers), body))
                 said = reply(body["messages"])
-                status, answer = (said, {}) if isinstance(said, int) else (200, {"choices": [{"message": {"content": said}}]})
+                status, answer = 200, {"choices": [{"message": {"content": said}}]}
+                if isinstance(said, int):
+                    status, answer = said, {}
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(data)))

@@ -20,6 +20,24 @@ def random_batch(vocabulary: int, lengths: list[int]) -> list[tuple[Trajectory, 
     return batch
 
 
+def siblings(vocabulary: int, system: int, question: int, sampled: int) -> list[tuple[Trajectory, float]]:
+    """4 groups of 8 trajectories of random tokens: a common system prompt, a question per group, sampled tokens."""
+    rng, batch = np.random.default_rng(0), []
+
+    def tokens(n):
+        return rng.integers(vocabulary, size=n).tolist()
+    prefix = tokens(system)
+    for group in range(4):
+        prompt = prefix + tokens(question)
+        mask = [0] * len(prompt) + [1] * sampled
+        for i in range(8):
+            logps = [-np.log(vocabulary) * m for m in mask]
+            trajectory = Trajectory(f"task{group}", i, 0, prompt + tokens(sampled), mask, logps, len(prompt), [], None,
+                                    "answer", 0.0)
+            batch.append((trajectory, float(rng.normal())))
+    return batch
+
+
 def naive_logps(hidden, head, ids) -> torch.Tensor:
     """(B, T, H), (V, H), (B, T) -> (B, T - 1)"""
     logits = (hidden @ head.T).float()                                                          # (B, T, V)

@@ -68,7 +68,7 @@ def test_failures_of_the_judge_take_no_part_and_failures_of_the_model_do():  # t
 
 
 def test_an_unknown_loss_is_refused():  # trap 11: it would silently be another one
-    with pytest.raises(UserError, match="ppo.*dapo, grpo or dr_grpo"):
+    with pytest.raises(UserError, match="ppo.*dapo, grpo, dr_grpo"):
         GRPOConfig(loss="ppo")
 
 
@@ -247,7 +247,10 @@ def test_log_probs_and_gradients_equal_a_plain_forward(folders, tied, quantize, 
     results = []
     for ours in (True, False):
         policy.model.zero_grad()
-        logp, entropy = token_logps(policy.model, ids, mask, 0.7, chunk) if ours else plain_logps(policy.model, ids, 0.7)
+        if ours:
+            logp, entropy = token_logps(policy.model, ids, mask, 0.7, chunk)
+        else:
+            logp, entropy = plain_logps(policy.model, ids, 0.7)
         logp, entropy = torch.where(mask, logp, 0), torch.where(mask, entropy, 0)
         (logp * weight).sum().backward()
         results.append([logp, entropy, *(p.grad for p in policy.trainable())])

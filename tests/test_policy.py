@@ -188,7 +188,8 @@ def test_nf4_samples_and_trains_in_turn_on_the_cpu(folder):
 def test_nf4_keeps_embeddings_head_and_norms_in_the_given_dtype(folder):  # trap 8: no upcast to fp32
     policy = load_policy(str(folder), quantize="nf4", dtype=torch.bfloat16)
     for name, p in policy.model.named_parameters():
-        expected = torch.float32 if "lora_" in name else torch.uint8 if "proj.base_layer.weight" in name else torch.bfloat16
+        packed = torch.uint8 if "proj.base_layer.weight" in name else torch.bfloat16
+        expected = torch.float32 if "lora_" in name else packed
         assert p.dtype == expected, name
 
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_queue(**settings):
-    return SampleQueue(**{"capacity": 64, "half_life": 4.0, "max_age": 8, "max_uses": 4, "max_off_policy": 0.3} | settings)
+    defaults = {"capacity": 64, "half_life": 4.0, "max_age": 8, "max_uses": 4, "max_off_policy": 0.3}
+    return SampleQueue(**defaults | settings)
 
 
 def filled(spreads, step=0, **settings):

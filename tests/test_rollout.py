@@ -329,6 +329,13 @@ def test_streams_depend_on_seed_task_and_sample_only():
     assert all(0 <= u < 1 for s in streams for u in s)
 
 
+def test_a_task_that_comes_twice_in_a_rollout_gets_other_random_streams(tiny, executor):
+    task, = builtin_tasks("train", 1, 0, families=("largest",))
+    one, two = rollout(tiny, [task, task], executor, BUILTIN_TOOLS, tiny_sampling(tiny), 4, 0)
+    alone, = rollout(tiny, [task], executor, BUILTIN_TOOLS, tiny_sampling(tiny), 4, 0)
+    assert [t.ids for t in one] == [t.ids for t in alone] != [t.ids for t in two]
+
+
 def test_deterministic_runs_are_bit_equal_although_tools_are_late(tiny, executor):
     @tool
     def lookup(name: str, field: str, context: ToolContext) -> str:

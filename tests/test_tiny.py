@@ -117,8 +117,8 @@ def test_the_executor_shows_what_the_demonstrations_show(chat):
 
 def success(policy, tasks: list[Task], temperature: float) -> tuple[float, float]:
     """(share of right answers, share of turns whose code ran), through the rollout and the executor."""
-    sampling = Sampling(temperature=temperature, max_turns=TINY.settings["max_turns"], turn_tokens=TINY.settings["turn_tokens"],
-                        context_tokens=TINY.settings["context_tokens"], observation_tokens=TINY.settings["observation_tokens"])
+    limits = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+    sampling = Sampling(temperature=temperature, **{name: TINY.settings[name] for name in limits})
     with Executor() as executor:
         found = [group[0] for group in rollout(policy, tasks, executor, BUILTIN_TOOLS, sampling, 1, seed=0)]
     statuses = [turn.status for t in found for turn in t.turns]

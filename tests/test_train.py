@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 import train
 from machinery import checkpoint, console
+from policy import TINY_DIR
 from tasks import builtin_tasks
 from train import Config, learning_rate, parse_args
 
@@ -369,6 +371,38 @@ def test_nf4_with_the_optimiser_of_the_gpu_trains_and_resumes_on_the_cpu(tmp_pat
     assert run("--out", out, "--steps", 1, "--quantize", "nf4", *SMALL) == 0
     assert run("--out", out, "--steps", 2, "--resume") == 0
     assert lines(out / "metrics.jsonl")[-1]["step"] == 2
+
+
+def few_tasks(folder: Path) -> list:
+    """Flags for a few tasks of their own: of 6 tasks one is held out."""
+    with (folder / "few.jsonl").open("w") as data:
+        for task in builtin_tasks("train", 6, 0, ("lookup", "convert")):
+            data.write(json.dumps({"id": task.id, "question": task.question, "answer": task.answer}) + "\n")
+    return ["--data", folder / "few.jsonl", "--steps", 2, "--resample", 0, *SMALL]
+
+
+def test_two_steps_of_the_plain_method(tmp_path):
+    out = tmp_path / "out"
+    assert run("--out", out, "--plain", *few_tasks(tmp_path)) == 0
+    rows = lines(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["loss"] is not None
+    assert json.loads((out / "run.json").read_text())["config"]["plain"] is True
+
+
+def test_a_model_with_sliding_windows_trains_through_the_plain_sampler(tmp_path, recwarn):
+    """The built-in weights under another attention: windows shorter than most trajectories."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(TINY_DIR, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 0,
+               "layer_types": ["sliding_attention"] * config["num_hidden_layers"]}
+    (model / "config.json").write_text(json.dumps(config))
+    assert run("--model", model, "--out", out, *few_tasks(tmp_path)) == 0
+    rows = lines(out / "metrics.jsonl")
+    assert rows[-1]["step"] == 2 and any(row["loss"] is not None for row in rows[1:])
+    assert max(row["mismatch_mean"] or 0 for row in rows[1:]) < 1e-4     # sampler and scorer see the same windows
+    said = [str(warning.message) for warning in recwarn if "sliding-window" in str(warning.message)]
+    assert said and "sampling one trajectory at a time" in said[0]
 
 
 def test_own_data_with_files(tmp_path):
