@@ -17,6 +17,7 @@ inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, and `Supervis
   may. What neither covers stands at the top of executor.py. Expected answers never enter either.
 """
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -43,7 +44,7 @@ from machinery.cli import UserError
 
 UNPRIVILEGED = 65534                            # the uid that a root trainer drops to before anything else
 libc = ctypes.CDLL(None, use_errno=True)
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 NOSUID, NODEV, NOEXEC, BIND, REC, PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 EPERM, ENOSYS, ENETDOWN = 1, 38, 100
@@ -268,6 +269,8 @@ def restrict(setup: dict, isolated: bool) -> None:
     limits = dict(AS=mapped + (setup["memory_mb"] << 20), FSIZE=setup["disk_mb"] << 20, NOFILE=256, CORE=0, MEMLOCK=0)
     if isolated:
         limits["NPROC"] = setup["processes"] + 2        # per user namespace; elsewhere it is all the uid's
+    else:                                               # no session without a zygote; in bwrap it is process 1
+        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "parent's death")
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     os.setsid()
@@ -340,7 +343,8 @@ class Supervisor:
 
     def __init__(self, control: socket.socket, setup: dict, isolated: bool, run_cells: Callable):
         self.control, self.setup, self.isolated, self.run_cells = control, setup, isolated, run_cells
-        self.runner = self.everyone = self.wire = None  # the runner's pid, while it is in use
+        self.runner = self.everyone = None              # the runner's pid, while it is in use
+        self.kept = []                                  # the runner's descriptors that stay open here
         self.busy = self.paused = self.stopped = False  # a cell is running; none may; the runner's threads stand still
         self.events, self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)   # a byte when a child ends, stops, goes on
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -367,13 +371,12 @@ class Supervisor:
         """Kill every process of the session and fork a new runner, in the same namespaces and directory."""
         self.runner = None
         kill_all(self.everyone)
-        if self.wire is not None:
-            os.close(self.wire)
+        while self.kept:
+            os.close(self.kept.pop())
         os.makedirs(self.setup["workdir"], exist_ok=True)       # code may have removed it
         os.chdir(self.setup["workdir"])
         ready, begun = os.pipe()
-        runner, self.wire = os.fork(), wire             # open here, too: so its end is not the sign of a death
-        if runner == 0:
+        if (runner := os.fork()) == 0:
             os.setsid()                                 # a group to kill; and one to schedule (sched_autogroup)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -383,8 +386,10 @@ class Supervisor:
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)     # code may look at its own /proc/self
             self.run_cells(socket.socket(fileno=wire), output, self.setup)
         os.close(begun)
+        self.kept.append(wire)                          # so its end is not the sign of a death
         if not self.isolated:
             os.read(ready, 1)                           # until it has called setsid
+            self.kept += lifeline(runner)
         os.close(ready)
         os.close(output)
         self.runner, self.everyone = runner, -1 if self.isolated else -runner
@@ -497,6 +502,16 @@ def others(runner: int) -> list[int]:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
                 found.append(pid)
     return found
+
+
+def lifeline(group: int) -> tuple[int, int]:
+    """A pipe. When one end closes, because its process was killed, the kernel kills the group, without a race."""
+    ends = os.pipe()
+    for end in ends:
+        fcntl.fcntl(end, fcntl.F_SETOWN, -group)
+        fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
+    return ends
 
 
 def kill_all(everyone: int | None = None) -> None:

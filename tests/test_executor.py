@@ -443,7 +443,8 @@ def test_a_dead_zygote_is_replaced():
 @pytest.mark.parametrize("sandbox", ["bwrap", "none"])
 def test_soak(sandbox):
     """1,000 sessions x 5 cells from 8 threads, 10 % of the cells hostile. Prints its figures: run with -s."""
-    bomb = "import os\nfor i in range(5): os.fork()\nwhile True:\n if os.fork(): os._exit(0)"     # 32 lines
+    bomb = ("import os, time\nuntil = time.time() + 20\nfor i in range(5): os.fork()\n"       # 32 lines
+            "while time.time() < until:\n if os.fork(): os._exit(0)\nos._exit(0)")
     hostile = ["import os; os._exit(1)", "while True: pass", bomb, f"import os\nif os.fork() == 0:\n exec({bomb!r})",
                "import os; os.kill(os.getpid(), 40)", "import mmap; mmap.mmap(-1, 1 << 28)",
                "sum(range(10 ** 12))", "print('x' * 10_000_000)", "import os; os.closerange(3, 256)",

@@ -13,9 +13,13 @@ import ctypes
 import os
 import re
 import secrets
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -449,17 +453,20 @@ def test_hostile(executor, witness, port, name, expected, code):
     assert beside.value == "(1, ['witness.txt'])", beside
 
 
-# A bomb of bounded size that no list of processes catches: 32 lines of processes, each of which forks and ends.
+# A bomb of bounded size and time that no list of processes catches: 32 lines of processes, each of which forks and ends.
 BOMB = """import os, time
+until = time.time() + 20
 if os.fork() == 0:
  SETSID
  for i in range(5): os.fork()
- while True:
-  if os.fork(): os._exit(0)
+ while time.time() < until:
+  try: os.fork() and os._exit(0)
+  except OSError: pass
+ os._exit(0)
 time.sleep(0.2)
 """
 ROOM = Limits(0.3, 0.8, memory_mb=256, disk_mb=16, processes=200)
-BUSY = 2.0                      # seconds that 32 processes, which use the cores all the time, may cost the others
+BUSY = 6.0                      # seconds that 32 processes, which use the cores all the time, may cost the others
 
 
 @pytest.mark.parametrize("sandbox", ["bwrap", "none"])
@@ -486,6 +493,35 @@ def test_a_live_fork_bomb_ends_with_its_cell_and_with_its_session(sandbox, setsi
         assert settled(lambda: not tree(zygote) - resting)
         assert witness.execute("1", ROOMY).value == "1"
     assert settled(lambda: not tree(zygote))
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+@pytest.mark.parametrize("killed", ["the trainer", "all but the bomb"])
+def test_a_live_fork_bomb_dies_with_its_trainer(sandbox, killed):
+    """With SIGKILL, which nobody can handle. Who kills all that he sees still misses those that have just been forked:
+    then no process of ours is left to end them, and the kernel does."""
+    name = f"bomb-{secrets.token_hex(4)}"
+    code = f"open('/proc/self/comm', 'w').write({name!r})\n{BOMB.replace('SETSID', 'os.setsid()')}time.sleep(60)"
+    script = f"""import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from executor import Executor, Limits
+Executor({sandbox!r}, Limits(60.0, processes=200)).session().execute({code!r})"""
+
+    def bomb():
+        found = set()
+        for comm in Path("/proc").glob("[0-9]*/comm"):
+            with suppress(OSError):                     # it has ended meanwhile
+                if comm.read_text().strip() == name and " Z " not in (comm.parent / "stat").read_text():
+                    found.add(int(comm.parent.name))
+        return found
+
+    with subprocess.Popen([sys.executable, "-c", script], start_new_session=True) as trainer:
+        assert settled(lambda: len(bomb()) > 4, 15.0)
+        ours = [trainer.pid, *sorted(tree(trainer.pid) - bomb())] if killed != "the trainer" else [trainer.pid]
+        for pid in ours:
+            with suppress(ProcessLookupError):          # one of the bomb that has not been named yet
+                os.kill(pid, signal.SIGKILL)
+        assert settled(lambda: not bomb())
 
 
 def settled(condition, seconds: float = ROOM.grace + BUSY) -> bool:
