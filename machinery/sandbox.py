@@ -12,9 +12,9 @@ inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, and `Supervis
   seccomp: no sockets but stream pairs (no loopback, vsock, netlink, abstract names), ptrace, mount, unshare, inotify,
   io_uring, bpf, keyctl, memfd, SysV or shared anonymous memory, or scheduling of others; limits on memory, processes,
   open files, disk, output. `none` covers: an empty environment, the limits except the disk's total, the same seccomp
-  filter, no capabilities, no access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on), and
-  the killing of all that a cell leaves, as one process group; not files: code reads and writes what the trainer's uid
-  may. What neither covers stands at the top of executor.py. Expected answers never enter either.
+  filter, no capabilities, no access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on); all
+  that a session starts is one process group, and the kernel kills it when the supervisor dies. Not files: code reads
+  and writes what the trainer's uid may. Not covered by either: top of executor.py. Expected answers never enter.
 """
 import ctypes
 import fcntl
@@ -37,7 +37,6 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from machinery.cli import UserError
@@ -143,12 +142,7 @@ def bubblewrap(command: list[str]) -> list[str]:
     argv = [bwrap, "--unshare-all", "--as-pid-1", "--proc", "/proc", "--dev", "/dev", "--dir", "/tmp",
             "--ro-bind", "/usr", "/usr",
             "--dev-bind", "/dev/full", "/dev/zero"]      # reads as zeros, and cannot become shared memory
-    for path in ("/bin", "/sbin", "/lib", "/lib64"):
-        if os.path.islink(path):
-            argv += ["--symlink", os.readlink(path), path]
-        elif os.path.exists(path):
-            argv += ["--ro-bind", path, path]
-    for path in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
+    for path in ("/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         argv += ["--ro-bind-try", path, path]
     for number, path in enumerate(visible_paths()):
         argv += ["--ro-bind", f"/tmp/{number}" if os.getuid() == 0 else path, path]     # see `launch`
@@ -196,7 +190,6 @@ def zygote(base: str | None, run_cells: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
     Path("/proc/self/oom_score_adj").write_text("900")  # "none" was not launched
-    seccomp_program(os.uname().machine, base is None)   # once, for all sessions
     gc.collect()
     gc.freeze()                                         # a collection does not touch, so copy, these pages
     host.send(b"ready")
@@ -230,8 +223,7 @@ def open_session(descriptors: list[int], setup: dict, isolated: bool, run_cells:
         Supervisor(control, setup, isolated, run_cells).loop()
     except BaseException as error:
         control.send(f"failed {type(error).__name__}: {error}".encode())
-    finally:                                            # also where the host does not listen any more
-        kill_all()
+    finally:                                            # the kernel kills the runner and all below: see `lifeline`
         os._exit(0)
 
 
@@ -292,14 +284,13 @@ def confine(isolated: bool) -> None:
     check(libc.prctl(PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")
 
 
-# Refused system calls: their numbers on x86_64 and aarch64.
+# Refused system calls: their numbers on x86_64 and aarch64. (Those that need a capability fail without this.)
 REFUSED = """socket 41 198, connect 42 203, bind 49 200, listen 50 201, ptrace 101 117, kcmp 312 272, bpf 321 280,
-    process_vm_readv 310 270, process_vm_writev 311 271, perf_event_open 298 241, syslog 103 116, chroot 161 51,
-    userfaultfd 323 282, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41,
-    name_to_handle_at 303 264, open_by_handle_at 304 265, add_key 248 217, request_key 249 218, keyctl 250 219,
-    init_module 175 105, finit_module 313 273, kexec_load 246 104, personality 135 92, memfd_create 319 279,
-    shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180, fanotify_init 300 262, inotify_init 253 26,
-    inotify_init1 294 26, ioprio_set 251 30, migrate_pages 256 238, move_pages 279 239"""
+    process_vm_readv 310 270, process_vm_writev 311 271, perf_event_open 298 241, syslog 103 116, mount 165 40,
+    userfaultfd 323 282, unshare 272 97, setns 308 268, add_key 248 217, request_key 249 218, keyctl 250 219,
+    personality 135 92, memfd_create 319 279, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
+    fanotify_init 300 262, inotify_init 253 26, inotify_init1 294 26, ioprio_set 251 30, migrate_pages 256 238,
+    move_pages 279 239"""
 # Refused where an argument (its index, a mask) is or is not a value. Scheduling is for the caller (0) alone, or the
 # supervisor would starve; socketpair: not SOCK_DGRAM, which sends to any name; no new namespaces; no shared anonymous
 # memory, which can exist without being mapped, so without being counted.
@@ -313,7 +304,6 @@ IGNORED = "setsid 112 157, setpgid 109 154"     # in `none` they do nothing: one
 HARMLESS = (424, 434, 436, 437, 439, 441, 449)
 
 
-@lru_cache
 def seccomp_program(machine: str, isolated: bool) -> bytes:
     """Classic BPF over struct seccomp_data: the number at 0, architecture at 4, arguments from 16 on, 8 bytes each."""
     column, arch = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}[machine]
@@ -344,8 +334,8 @@ class Supervisor:
     def __init__(self, control: socket.socket, setup: dict, isolated: bool, run_cells: Callable):
         self.control, self.setup, self.isolated, self.run_cells = control, setup, isolated, run_cells
         self.runner = self.everyone = None              # the runner's pid, while it is in use
-        self.kept = []                                  # the runner's descriptors that stay open here
-        self.busy = self.paused = self.stopped = False  # a cell is running; none may; the runner's threads stand still
+        self.kept = []                                  # descriptors that are open as long as this runner is in use
+        self.paused, self.stopped = True, False         # no cell may run; the runner's threads stand still
         self.events, self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)   # a byte when a child ends, stops, goes on
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
@@ -353,9 +343,9 @@ class Supervisor:
     def loop(self) -> None:
         """Until the host closes its end of the control socket, or has ended."""
         while True:
-            ready = select.select([self.control, self.events], [], [], 0.05 if self.busy else None)[0]
+            ready = select.select([self.control, self.events], [], [], None if self.paused else 0.05)[0]
             self.reap()
-            if self.busy and time.monotonic() > self.next_look and (excess := self.overuse()):
+            if not self.paused and time.monotonic() > self.next_look and (excess := self.overuse()):
                 self.lose(f"killed it had too {excess}")
             if self.control not in ready:
                 continue
@@ -375,30 +365,23 @@ class Supervisor:
             os.close(self.kept.pop())
         os.makedirs(self.setup["workdir"], exist_ok=True)       # code may have removed it
         os.chdir(self.setup["workdir"])
-        ready, begun = os.pipe()
         if (runner := os.fork()) == 0:
             os.setsid()                                 # a group to kill; and one to schedule (sched_autogroup)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for descriptor in (self.control.detach(), self.events, self.wakeup, ready, begun):
+            for descriptor in (self.control.detach(), self.events, self.wakeup):
                 os.close(descriptor)
             confine(self.isolated)
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)     # code may look at its own /proc/self
             self.run_cells(socket.socket(fileno=wire), output, self.setup)
-        os.close(begun)
-        self.kept.append(wire)                          # so its end is not the sign of a death
-        if not self.isolated:
-            os.read(ready, 1)                           # until it has called setsid
-            self.kept += lifeline(runner)
-        os.close(ready)
         os.close(output)
-        self.runner, self.everyone = runner, -1 if self.isolated else -runner
-        self.paused = self.stopped = False
+        self.kept = [wire, *lifeline(runner)]           # the wire: so its end is not the sign of a death
+        self.runner, self.everyone, self.stopped = runner, -1 if self.isolated else -runner, False
         self.control.send(b"started")
 
     def resume(self) -> None:
         """Let the runner go on with a cell. It stood still, and alone, since the pause, or `reap` has killed it."""
-        self.busy, self.paused, self.next_look = True, False, time.monotonic() + 0.1
+        self.paused, self.next_look = False, time.monotonic() + 0.1
         os.kill(self.runner, signal.SIGCONT)
 
     def interrupt(self) -> None:
@@ -410,15 +393,13 @@ class Supervisor:
         until = time.monotonic() + 0.5 * self.setup["grace"]
         while time.monotonic() < until and self.runner is not None:
             os.kill(self.everyone, signal.SIGSTOP)
+            select.select([self.events], [], [], 0.001)     # it stands still a little later
             self.reap()
-            if not self.stopped:
-                select.select([self.events], [], [], 0.001)
-                self.reap()
             for pid in (started := others(self.runner)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if self.stopped and not started and self.runner is not None:
-                self.busy, self.paused = False, True
+                self.paused = True
                 self.control.send(b"paused")
                 return
         if self.runner is not None:
@@ -426,7 +407,7 @@ class Supervisor:
 
     def lose(self, report: str) -> None:
         """Give the runner up: tell the host, kill everyone."""
-        self.runner, self.busy, self.paused = None, False, False
+        self.runner, self.paused = None, True
         kill_all(self.everyone)
         self.control.send(report.encode())
 
@@ -467,9 +448,8 @@ def memory_above(limit: int, pids: set[int]) -> bool:
         with suppress(OSError, ValueError):             # it has ended meanwhile
             task = Path(f"/proc/{pid}/task/{max(os.listdir(f'/proc/{pid}/task'), key=int)}")    # the first may be dead
             resident[task] = int((task / "statm").read_text().split()[1]) * resource.getpagesize()
-    total = 0
-    if os.getpid() == 1:                                # these sockets are the session's; each may buffer 512 KiB
-        total = int(Path("/proc/net/sockstat").read_text().split()[2]) << 19
+    # As process 1 it reads the session's own count of sockets; each may buffer 512 KiB.
+    total = int(Path("/proc/net/sockstat").read_text().split()[2]) << 19 if os.getpid() == 1 else 0
     if total + sum(resident.values()) <= limit:
         return False                                    # the quick way, nearly always
     for task, whole in resident.items():
@@ -515,13 +495,12 @@ def lifeline(group: int) -> tuple[int, int]:
 
 
 def kill_all(everyone: int | None = None) -> None:
-    """Kill everyone of the session, or all descendants in their groups; wait until they are gone, at most 5 s."""
+    """Kill everyone of the session, or all descendants; wait until they are gone, at most 5 s."""
     until = time.monotonic() + 5.0
     while time.monotonic() < until:
         for pid in [everyone] if everyone else descendants():
             with suppress(ProcessLookupError):          # it has ended meanwhile
-                group = os.getpgid(pid) if pid > 0 else 0
-                os.kill(-group if group not in (0, os.getpgid(0)) else pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
@@ -531,8 +510,10 @@ def kill_all(everyone: int | None = None) -> None:
 
 
 def remove_tree(folder: str | Path) -> None:
-    """Also where code has nested it deeper than Python recurses, or has locked it."""
+    """Also where code has nested it deeper than Python recurses, has locked it, or still writes, while it is killed."""
+    until = time.monotonic() + 5.0
     with suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
-    for command in ("chmod -R u+rwX", "rm -rf") if os.path.exists(folder) else ():
-        subprocess.run([*command.split(), "--", folder], stderr=subprocess.DEVNULL)
+    while os.path.exists(folder) and time.monotonic() < until:
+        for command in ("chmod -R u+rwX", "rm -rf"):
+            subprocess.run([*command.split(), "--", folder], stderr=subprocess.DEVNULL)
