@@ -22,10 +22,11 @@ directory and its files stay, attachments as code left them.
 Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout and stderr as new, and ends
 with its processes; threads stand still between cells. Nothing runs at the exit. `__file__` names no file. There is no
 network, so no multiprocessing.Manager; no memfd, no mmap(-1), no inotify; calls of the scheduler take pid 0 only.
-Not covered: bugs of the kernel, side channels (flock on a file in /usr), use of the cores, buffers of pipes; without
-CAP_SYS_RESOURCE at the start, code can lower its oom_score_adj. In "none", besides: files, the disk's total, terminals,
-/dev/zero as shared memory, buffers of sockets, the size of a fork bomb (it ends within moments); signals to other
-processes before Linux 6.12, a stop of the supervisor too.
+Not covered: bugs of the kernel, side channels (flock on a file in /usr), use of the cores, the kernel's own memory for
+pipes and mappings; without CAP_SYS_RESOURCE at the start, code can lower its oom_score_adj. In "none", besides: files
+(for root those of /proc too: priorities of others), the disk's total, how many terminals, timers and sockets, /dev/zero
+as shared memory, the size of a fork bomb (it ends within moments, also when all that could kill it has been killed);
+before Linux 6.12 signals to others: a stopped supervisor watches nothing.
 """
 import ast
 import builtins

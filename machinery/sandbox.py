@@ -241,7 +241,8 @@ def isolate(size: int, inodes: int) -> None:
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, options), "mount /tmp")
     os.mkdir("/tmp/.shm")
     check(libc.mount(b"/tmp/.shm", b"/dev/shm", None, BIND, None), "bind /dev/shm")
-    check(libc.mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC, b"newinstance,ptmxmode=666"), "mount /dev/pts")
+    options = b"newinstance,ptmxmode=666,max=16"        # of the terminals that all sessions share
+    check(libc.mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC, options), "mount /dev/pts")
     for path, source in hidden.items():                 # an interpreter below /tmp
         bind(source, path)
 
@@ -260,7 +261,7 @@ def restrict(setup: dict, isolated: bool) -> None:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = dict(AS=mapped + (setup["memory_mb"] << 20), FSIZE=setup["disk_mb"] << 20, NOFILE=256, CORE=0, MEMLOCK=0)
     if isolated:
-        limits["NPROC"] = setup["processes"] + 2        # per user namespace; elsewhere it is all the uid's
+        limits |= dict(NPROC=setup["processes"] + 2, SIGPENDING=1000)   # per user namespace; elsewhere all the uid's
     else:                                               # no session without a zygote; in bwrap it is process 1
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "parent's death")
     for name, value in limits.items():
@@ -514,6 +515,6 @@ def remove_tree(folder: str | Path) -> None:
     until = time.monotonic() + 5.0
     with suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
-    while os.path.exists(folder) and time.monotonic() < until:
-        for command in ("chmod -R u+rwX", "rm -rf"):
+    while os.path.lexists(folder) and time.monotonic() < until:
+        for command in ("rm -rf", "chmod -R u+rwX"):    # a link is gone before chmod could follow it
             subprocess.run([*command.split(), "--", folder], stderr=subprocess.DEVNULL)

@@ -20,7 +20,7 @@ from executor import Executor, Limits, SandboxError, CellResult
 from machinery.cli import UserError
 from tools import ToolError
 
-LIMITS = Limits(8.0, 0.8, memory_mb=256, output_chars=2000, tool_calls=5, disk_mb=16, processes=24)
+LIMITS = Limits(30.0, 3.0, memory_mb=256, output_chars=2000, tool_calls=5, disk_mb=16, processes=24)
 
 
 @pytest.fixture(scope="module", params=["bwrap", "none"])
@@ -141,13 +141,13 @@ def test_what_code_does_is_never_a_host_failure(executor):
     """A model that could end in SessionLost could leave its reward, and with it a wrong answer given before."""
     for name, code in ways_to_die():
         with executor.session({"same": lambda value: value}) as session:
-            result = session.execute(f"import os; final_answer('wrong\\ud800')\n{code}", 0.5)
+            result = session.execute(f"import os; final_answer('wrong\\ud800')\n{code}", 1.0)
             assert result.answer == "wrong?" and result.status in STATUSES, name
             (result.observation() + result.answer).encode()                 # nothing that a file could not hold
-            result = session.execute("1 + 1", 3.0)
+            result = session.execute("1 + 1")
             if result.status != "ok":                                       # its limits, its pending signals
                 session.execute("import os; os._exit(0)")
-                result = session.execute("1 + 1", 3.0)
+                result = session.execute("1 + 1")
             assert result.value == "2" or name.startswith("directory"), (name, result)
     with pytest.raises(module.SessionLost):
         session.execute("1")
@@ -277,18 +277,18 @@ def test_tools(executor):
 def test_tools_know_the_time_left(executor):
     left = []
     with executor.session({"look": lambda: left.append(session.seconds_left())}) as session:
-        session.execute("look(); import time; time.sleep(0.3); look()", 5.0)
-        assert 4.0 < left[0] <= 5.0 and 0.25 < left[0] - left[1] < 2.0
+        session.execute("look(); import time; time.sleep(0.3); look()", 10.0)
+        assert 7.0 < left[0] <= 10.0 and 0.25 < left[0] - left[1] < 5.0
         start = time.monotonic()
         assert session.execute("import time; time.sleep(60)", 0.2).status == "timeout"
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 0.2 + LIMITS.grace
 
 
 def test_clock_starts_with_the_slot_and_tools_hold_none():
     released = threading.Event()
     with Executor("bwrap", LIMITS, max_running=1) as executor, ThreadPoolExecutor(8) as pool:
         sessions = [executor.session({"wait": lambda: released.wait(5) and 1}) for _ in range(8)]
-        results = list(pool.map(lambda s: s.execute("import time; time.sleep(0.3)", 1.0), sessions))
+        results = list(pool.map(lambda s: s.execute("import time; time.sleep(0.5)", 3.0), sessions))
         assert [r.status for r in results] == ["ok"] * 8
         waiting = pool.submit(sessions[0].execute, "wait()")
         assert sessions[1].execute("1 + 1").value == "2"            # while the tool of another session is at work
@@ -459,14 +459,14 @@ def test_soak(sandbox):
                     assert session.execute(rng.choice(hostile), 0.2).status in STATUSES
                     count += 1
                 else:
-                    result = session.execute("k = same(int(open('n.txt').read())); k", 10.0)
+                    result = session.execute("k = same(int(open('n.txt').read())); k")
                     assert result.value == str(number), (number, cell, result)
         return count
 
     def resident(pid):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
-    limits = Limits(seconds=10.0, grace=1.0, memory_mb=256, disk_mb=16, processes=24)
+    limits = Limits(seconds=60.0, grace=1.0, memory_mb=256, disk_mb=16, processes=24)
     with Executor(sandbox, limits) as executor, ThreadPoolExecutor(8) as pool:
         list(pool.map(trajectory, range(100)))                  # warm
         zygote = executor.zygote.process.pid

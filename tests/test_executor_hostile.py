@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ from executor import Executor, Limits
 from test_executor import tree
 from tools import ToolError
 
-LIMITS = Limits(0.3, 0.8, memory_mb=256, output_chars=2000, tool_calls=50, disk_mb=16, processes=24)
-ROOMY = 8.0                     # seconds for the rows that are not about time: the machine may be busy
-SLACK = 0.5                     # how far a busy machine may let the host's own clock slip
+LIMITS = Limits(0.4, 0.8, memory_mb=256, output_chars=2000, tool_calls=50, disk_mb=16, processes=24)
+ROOMY = 20.0                    # seconds for the rows that are not about time: the machine may be busy
+PATIENT = 5.0                   # seconds of grace for code that reacts to an interrupt, as soon as it gets a core
+SLACK = 2.0                     # how far a busy machine may let the host's own clock slip
 SECRET = secrets.token_hex(8)   # stands for an expected answer; the code below gets it in two halves only
 
 # The runner's descriptor of the wire, and ways to write to it: bytes, a frame, a frame with the cell's token.
@@ -428,16 +430,18 @@ def test_hostile(executor, witness, port, name, expected, code):
     short = "timeout" in statuses or statuses == "killed" and "memory" not in wanted
     limit = LIMITS.seconds if short else ROOMY
     with executor.session(TOOLS) as session:
+        if "timeout" in statuses:
+            session.limits = replace(LIMITS, grace=PATIENT)
         assert session.execute("x = 1; open('before', 'w').close()", ROOMY).status == "ok"
         start = time.monotonic()
         result = session.execute("y = 1\n" + code.replace("PORT", str(port)), limit)
         took = time.monotonic() - start
         assert result.status in statuses.split("|"), result
-        assert took <= limit + LIMITS.grace + SLACK
+        assert took <= limit + session.limits.grace + SLACK
         assert wanted in result.output + (result.value or "") + (result.error or ""), result
         assert not unwanted or unwanted not in result.observation()
         assert len(result.observation()) <= 3 * LIMITS.output_chars + 1000
-        after = session.execute("[n for n in ('x', 'y') if n in globals()]", ROOMY if state != "any" else 0.5)
+        after = session.execute("[n for n in ('x', 'y') if n in globals()]", ROOMY if state != "any" else 1.0)
         if state == "any" and after.status != "ok":
             after = session.execute("[]", ROOMY)    # it broke its session for one more cell, not for two
         assert after.status == "ok", after
@@ -556,9 +560,9 @@ def test_nothing_runs_between_cells(executor, by):
     """Whatever wakes the runner: at most it is killed for it."""
     with executor.session() as session:
         session.execute(AWAKE[by], ROOMY)
-        time.sleep(0.5)
+        time.sleep(1.0)
         session.execute("1", ROOMY)
-        assert int(session.execute("import os; os.path.getsize('ticks')", ROOMY).value) < 100
+        assert int(session.execute("import os; os.path.getsize('ticks')", ROOMY).value) < 300     # of 1000
 
 
 MEMORY = {
@@ -589,24 +593,27 @@ def test_memory_of_all_processes_together_is_bounded(executor, kind):
 
     def available():
         return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) >> 10     # MB
-    before, lowest, done = available(), [10 ** 9], threading.Event()
 
-    def watch():
-        while not done.wait(0.01):
-            lowest[0] = min(lowest[0], available())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    with executor.session({"wait": lambda: time.sleep(ROOMY)}) as session:
-        result = session.execute(MEMORY[kind], ROOMY)
-    done.set()
-    watcher.join()
-    assert result.status in ("killed", "error") and result.seconds < 5.0, result
-    assert before - lowest[0] < 2000
+    def taken():
+        before, lowest, done = available(), [10 ** 9], threading.Event()
+
+        def watch():
+            while not done.wait(0.01):
+                lowest[0] = min(lowest[0], available())
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        with executor.session({"wait": lambda: time.sleep(ROOMY)}) as session:
+            result = session.execute(MEMORY[kind], ROOMY)
+        done.set()
+        watcher.join()
+        assert result.status in ("killed", "error") and result.seconds < ROOMY / 2, result
+        return before - lowest[0]
+    assert any(taken() < 2000 for _ in range(3))        # another program may take some at the same time
 
 
 def test_memory_that_processes_share_counts_once():
     """700 MB and Pool(4): ordinary. In all limits it is one array."""
-    limits = Limits(20.0, 1.0, memory_mb=1024, processes=24)
+    limits = Limits(60.0, 1.0, memory_mb=1024, processes=24)
     code = """import numpy as np, time, multiprocessing as mp
 a = np.ones(700 << 17)
 def part(i): time.sleep(0.5); return float(a[i::4].sum())
@@ -644,6 +651,12 @@ def test_sessions_do_not_reach_each_other(executor):
             assert all(a != b for a, b in zip(ours, theirs)), (ours, theirs)
             assert one.execute("import os, pty; a, b = pty.openpty(); os.ttyname(b)", ROOMY).value == "'/dev/pts/0'"
             assert other.execute("import os; os.listdir('/dev/pts')", ROOMY).value == "['ptmx']"
+            one.execute("l = []\nwhile True: l.append(os.open('/dev/ptmx', os.O_RDWR))", ROOMY)
+            assert other.execute("import pty; a, b = pty.openpty()", ROOMY).status == "ok"
+            assert int(one.execute("len(l)", ROOMY).value) < 20                # of 4096 on the whole machine
+            one.execute(LIBC + "event, timer, n = (ctypes.c_int * 16)(0, 0, 12, 0), ctypes.c_void_p(), 0\n"
+                        "while n < 5000 and libc.timer_create(1, event, ctypes.byref(timer)) == 0: n += 1", ROOMY)
+            assert int(one.execute("n", ROOMY).value) <= 1000                  # and so with signals in a queue
             for name in ("shmmax", "msgmni", "sem", "shm_rmid_forced"):
                 assert "PermissionError" in one.execute(f"open('/proc/sys/kernel/{name}', 'r+')", ROOMY).error
 
@@ -662,11 +675,19 @@ def test_the_supervisor_cannot_be_starved(executor):
             assert session.execute(call, ROOMY).status == "ok", call
 
 
-@pytest.mark.parametrize("depth", [1500, 5000])
-def test_a_deep_folder_is_removed(executor, depth):
+def test_a_deep_folder_is_removed(executor):
     base = Path(executor.base or "/nowhere")
     before = set(base.glob("*"))
     with executor.session() as session:
-        code = f"import os\nos.mkdir('locked')\nfor i in range({depth}): os.mkdir('directory'); os.chdir('directory')"
+        code = "import os\nos.mkdir('locked', 0)\nfor i in range(1500): os.mkdir('directory'); os.chdir('directory')"
         assert session.execute(code, ROOMY).status == ("ok" if executor.sandbox == "none" else "error")     # inodes
     assert set(base.glob("*")) == before
+
+
+def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path):
+    (tmp_path / "target").mkdir(mode=0o500)
+    with Executor("none", LIMITS) as executor:
+        with executor.session() as session:
+            code = f"import os; here = os.getcwd(); os.rmdir(here); os.symlink({str(tmp_path / 'target')!r}, here)"
+            assert session.execute(code, ROOMY).status == "ok"
+        assert not os.path.lexists(session.workdir) and (tmp_path / "target").stat().st_mode & 0o777 == 0o500

@@ -431,7 +431,7 @@ SNIPPETS = ["\ufeffprint('a byte order mark')", *PROGRAMS.strip("\n").split("\n\
 
 @pytest.fixture(scope="module")
 def executor():
-    with Executor("bwrap", Limits(20.0, 1.0)) as executor:
+    with Executor("bwrap", Limits(60.0, 3.0)) as executor:
         yield executor
 
 
