@@ -4,10 +4,9 @@
     python ask.py --ckpt out/ --file table.csv "What is the largest price in table.csv?"
     python ask.py --ckpt out/                      # without a question: one per line, until Ctrl-D
 
-One question is one trajectory of `rollout`, the very one that training and evaluation use. Each turn is printed when its
-code has run: thought and code, then the observation and the seconds. The answer comes last; with --quiet it is all that
-stdout gets. Read in this order: ask, prepare, command. Exit status: 0, 1 where a question was left without an answer, 2
-for bad input.
+One question is one trajectory of `rollout`, the very one that training and evaluation use. Each turn is printed when
+its code has run: thought and code, then the observation and the seconds. The answer comes last; with --quiet it is all
+that stdout gets. Exit status: 0; 1 where a question got no answer; 2 for bad input. Read in this order: ask, command.
 """
 import math
 import sys
