@@ -391,7 +391,7 @@ class Supervisor:
 
     def pause(self) -> None:
         """Stop everyone, and kill all but the runner. A timer or a child may wake it: again, until all is still."""
-        until = time.monotonic() + 0.5 * self.setup["grace"]
+        until = time.monotonic() + self.setup["grace"]
         while time.monotonic() < until and self.runner is not None:
             os.kill(self.everyone, signal.SIGSTOP)
             select.select([self.events], [], [], 0.001)     # it stands still a little later
@@ -437,7 +437,7 @@ class Supervisor:
         if len(pids := descendants(most)) > most:
             return "many processes"
         too_much = memory_above(3 * self.setup["memory_mb"] << 20, pids)
-        self.next_look = time.monotonic() + max(0.1, 10 * (time.process_time() - start))
+        self.next_look = time.monotonic() + min(max(0.1, 10 * (time.process_time() - start)), 1.0)
         return "much memory" if too_much else None
 
 
