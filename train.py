@@ -254,7 +254,7 @@ class TaskConfig:
 class QueueConfig:
     queue_size: int = option(64, "groups kept for replay", zero=True)
     online_groups: int | None = option(None, "of --groups so many are sampled, the queue fills the rest (default: all)")
-    replay: str = option("all", "of a group: all, or only the trajectories with positive advantage", ("all", "positive"))
+    replay: str = option("all", "of a group: all, or only trajectories with a positive advantage", ("all", "positive"))
     replay_share: float = option(0.5, "at most this share of a batch replaces groups without signal", zero=True)
     half_life: float = option(4.0, "steps in which a queued group's priority halves")
     max_age: int = option(8, "steps after which a queued group is dropped", zero=True)

@@ -168,7 +168,7 @@ def one_run(arm: str, seed: int, regime: str, model: str, budget: int) -> dict:
 
 # ------------------------------------------------------------------------------------------------------- the tables
 def reached(line: dict, name: str, level: float, unit: str = "online") -> tuple[float, bool]:
-    """(online samples or seconds until accuracy `name` reaches `level`, whether it did), between measurements linear."""
+    """(online samples or seconds until `name` reaches `level`, whether it did); between measurements a line."""
     curve = line["curve"]
     for a, b in zip(curve, curve[1:]):
         if b[name] >= level:
@@ -205,7 +205,8 @@ def table(lines: list[dict], regime: str, seeds) -> str:
                 f"{fmean(value for value, _ in ends):.0f}",
                 ratio(found, base, lambda line: reached(line, "sampled", 0.5, unit)[0]),
                 ratio(found, base, lambda line: reached(line, "greedy", 0.7, unit)[0]),
-                " / ".join(f"{fmean(at_the_end(x, name) for x in found.values()):.3f}" for name in ("sampled", "greedy")),
+                " / ".join(f"{fmean(at_the_end(x, name) for x in found.values()):.3f}"
+                           for name in ("sampled", "greedy")),
                 " / ".join(f"{fmean(x['curve'][-1][name] for x in found.values()):.0f}"
                            for name in ("sampling_cpu", "update_cpu")),
                 f"{fmean(x['signal'] for x in found.values()):.2f}",
@@ -214,7 +215,7 @@ def table(lines: list[dict], regime: str, seeds) -> str:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="-m scripts.study_queue", description="Does the queue save samples?", allow_abbrev=False)
+    parser = OneLineParser(prog="-m scripts.study_queue", description="Does the queue save?", allow_abbrev=False)
     parser.add_argument("--file", type=Path, default=Path("results/queue.jsonl"))
     parser.add_argument("--cold", type=Path, default=Path("cold"), help="folder of the cold model; made if not there")
     parser.add_argument("--regime", choices=("cold", "dense", "slow"), default="cold")
