@@ -214,6 +214,32 @@ def table(lines: list[dict], regime: str, seeds) -> str:
     return "\n".join(rows)
 
 
+def figure(lines: list[dict], regime: str, seeds) -> str:
+    """SVG: sampled accuracy against online samples; a thin line per seed, a thick one for the mean of each core arm."""
+    def path(points) -> str:
+        return "M" + " L".join(f"{70 + x / 2:.1f} {370 - 340 * y:.1f}" for x, y in points)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 430" role="img" fill="none" font-size="14" '
+             'font-family="Helvetica, Arial, DejaVu Sans, sans-serif">',
+             f"<title>Sampled accuracy against online samples, {regime} start</title>",
+             '<rect width="900" height="430" fill="#ffffff"/>']
+    for tenth in range(0, 11, 2):
+        y = 370 - 34 * tenth
+        parts.append(f'<path d="M70 {y} H660" stroke="#d0d7de"/>'
+                     f'<text x="60" y="{y + 5}" text-anchor="end" fill="#1f2328">{tenth / 10}</text>')
+    for x in range(0, BUDGET + 1, 192):
+        parts.append(f'<text x="{70 + x / 2}" y="392" text-anchor="middle" fill="#1f2328">{x}</text>')
+    parts.append('<text x="360" y="418" text-anchor="middle" fill="#1f2328">trajectories sampled online</text>'
+                 '<text x="70" y="18" fill="#1f2328">held-out accuracy at temperature 1</text>')
+    for i, (arm, colour) in enumerate(zip(CORE, ("#57606a", "#0969da", "#8250df", "#bc4c00", "#1a7f37"))):
+        curves = [[(p["online"], p["sampled"]) for p in line["curve"]] for line in lines
+                  if (line["regime"], line["arm"]) == (regime, arm) and line["seed"] in seeds]
+        parts += [f'<path d="{path(curve)}" stroke="{colour}" opacity="0.3"/>' for curve in curves]
+        mean = [(points[0][0], fmean(y for _, y in points)) for points in zip(*curves)]
+        parts.append(f'<path d="{path(mean)}" stroke="{colour}" stroke-width="3"/>' if curves else "")
+        parts.append(f'<text x="680" y="{60 + 26 * i}" fill="{colour}">{arm} ({len(curves)} seeds)</text>')
+    return "\n".join([*filter(None, parts), "</svg>\n"])
+
+
 def main() -> None:
     parser = OneLineParser(prog="-m scripts.study_queue", description="Does the queue save?", allow_abbrev=False)
     parser.add_argument("--file", type=Path, default=Path("results/queue.jsonl"))
@@ -224,10 +250,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000, help="end after so many runs")
     parser.add_argument("--budget", type=int, default=BUDGET, help="online trajectories of a run")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.file.read_text().splitlines()] if args.file.exists() else []
     if args.table:
         print(table(lines, args.regime, args.seeds))
+    if args.figure:
+        args.figure.write_text(figure(lines, args.regime, args.seeds))
+    if args.table or args.figure:
         return
     arms = list(ARMS) if args.arms == "all" else args.arms.split(",")
     done = {(line["regime"], line["arm"], line["seed"]) for line in lines}
