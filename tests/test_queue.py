@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train
 from grpo import Group
 from machinery import checkpoint
+from scripts import study_queue
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,6 +167,21 @@ def test_resumed_with_few_online_groups_equals_uninterrupted(tmp_path):
 def test_more_online_groups_than_groups_is_refused(capsys, tmp_path):
     assert train.main(["--groups", "4", "--online-groups", "5", "--out", str(tmp_path / "out")]) == 2
     assert "--groups 4 --online-groups 5" in capsys.readouterr().err
+
+
+def test_the_studys_measures_by_hand():
+    curve = [{"online": 0, "sampled": 0.1, "greedy": 0.0, "wall": 0.0}, {"online": 96, "sampled": 0.4, "wall": 8.0},
+             {"online": 192, "sampled": 0.6, "greedy": 0.8, "wall": 20.0}]
+    line = {"curve": curve}
+    assert study_queue.reached(line, "sampled", 0.5) == (pytest.approx(144), True)
+    assert study_queue.reached(line, "sampled", 0.5, "wall") == (pytest.approx(14), True)
+    assert study_queue.reached(line, "greedy", 0.7) == (pytest.approx(168), True)      # 0.7 / 0.8 of the way from 0
+    assert study_queue.reached(line, "sampled", 0.7) == (192, False)                   # never: the whole run counts
+    assert study_queue.at_the_end(line, "sampled") == pytest.approx(0.5)
+    slower = {"curve": [point | {"online": 2 * point["online"]} for point in curve]}
+    halves = study_queue.ratio({3: line, 4: line, 5: slower}, {3: slower, 4: slower, 6: line},
+                               lambda x: study_queue.reached(x, "sampled", 0.5)[0])
+    assert halves == "0.50 [0.50, 0.50]"                                               # seeds that both have: 3 and 4
 
 
 # ------------------------------------------------------------------------- the name: two modules called queue
