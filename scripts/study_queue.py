@@ -143,12 +143,13 @@ def one_run(arm: str, seed: int, regime: str, model: str, budget: int) -> dict:
         run = train.start(cfg, given, executor)
         if change == "uniform":
             run.queue.priority = lambda entry, step: 1.0
-        if regime == "slow":
-            run.tools = [replace(tool, function=slow(tool.function)) for tool in run.tools]
+        fast = run.tools
+        trained_with = [replace(tool, function=slow(tool.function)) for tool in fast] if regime == "slow" else fast
         curve = [measure(run, spent, True)]
         while run.online < budget:
             run.step, run.clock = run.step + 1, console.Clock()
             began, cpu = time.perf_counter(), time.process_time()
+            run.tools = trained_with
             groups = train.judge(run, train.sample(run, run.rank_online))
             fresh = train.advantage(run, groups)
             replayed = train.replay(run, len(fresh))
@@ -163,6 +164,7 @@ def one_run(arm: str, seed: int, regime: str, model: str, budget: int) -> dict:
             spent["wall"] += time.perf_counter() - began
             trained = sum(len(g.batch()) for g in fresh + [entry.group for entry in replayed]) * cfg.epochs
             steps.append((len(fresh) / len(groups), len(replayed), stats.off_policy or 0.0, trained))
+            run.tools = fast                            # measured without the latency
             if run.online // INTERVAL > curve[-1]["online"] // INTERVAL:
                 curve.append(measure(run, spent, len(curve) % 2 == 0))
     means = [round(fmean(column), 4) for column in zip(*steps)]
