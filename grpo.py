@@ -104,6 +104,11 @@ class Group:
     def batch(self) -> list[tuple[Trajectory, float]]:
         return [(t, a) for t, a in zip(self.trajectories, self.advantages) if a is not None]
 
+    def positive(self) -> "Group":
+        """What the queue keeps with --replay positive: the trajectories that were better than their group's mean."""
+        better = [(t, a) for t, a in self.batch() if a > 0]
+        return Group(self.task, [t for t, _ in better], self.step, [], [a for _, a in better], self.std)
+
 
 def group_advantages(rewards: Sequence[Reward], cfg: GRPOConfig) -> tuple[list[float | None], float] | None:
     """Equation (2): (advantages, population std of the rewards) of one group (GRPO section 4.1.2).

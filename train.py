@@ -50,12 +50,12 @@ def train(run: Run):
     while not run.ended:
         run.step += 1
         run.clock = console.Clock()
-        groups = judge(run, sample(run, run.rank_groups))
+        groups = judge(run, sample(run, run.rank_online))
         fresh = advantage(run, groups)
         replayed = replay(run, len(fresh))
         for again in range(1, run.cfg.resample + 1):             # groups that replay did not supply: sample again
-            missing = max(everyone(run.rank_groups - len(fresh) - len(replayed)))    # of all ranks
-            if missing:
+            missing = max(everyone(run.rank_online - len(fresh) - len(replayed)))    # of all ranks
+            if missing > 0:
                 extra = judge(run, sample(run, missing, again))
                 groups += extra
                 fresh += advantage(run, extra)
@@ -102,10 +102,10 @@ def advantage(run: Run, groups: list[Group]) -> list[Group]:
 
 
 def replay(run: Run, n_fresh: int) -> list[Entry]:
-    """Queued groups in place of groups without signal, at most a set share of the batch."""
+    """Queued groups in place of groups not sampled (--online-groups) or without signal; the latter up to a share."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
-    most = min(run.rank_groups - n_fresh, int(run.cfg.replay_share * run.rank_groups))
-    return run.queue.draw(most, run.step, rng)
+    most = max(run.rank_groups - run.rank_online, int(run.cfg.replay_share * run.rank_groups))
+    return run.queue.draw(min(most, run.rank_groups - n_fresh), run.step, rng)
 
 
 def update(run: Run, fresh: list[Group], replayed: list[Entry]):
@@ -121,13 +121,12 @@ def update(run: Run, fresh: list[Group], replayed: list[Entry]):
     cfg.token_budget = stats.token_budget                        # lower after an out-of-memory
     for note in stats.notes:
         tqdm.write(f"  step {run.step}, process {run.rank}: {note}")
-    first = sum(is_fresh)                                        # the replayed trajectories follow, group by group
+    shares = iter(stats.off_policy_each[sum(is_fresh):])         # of the replayed trajectories, group by group
     for entry in replayed:
-        last = first + len(entry.group.batch())
-        run.queue.report_off_policy(entry, fmean(stats.off_policy_each[first:last]))
-        first = last
+        run.queue.report_off_policy(entry, fmean(next(shares) for _ in entry.group.batch()))
     for group in fresh:
-        run.queue.admit(group, group.std, any(r.answer == 1 for r in group.rewards), run.step)
+        kept = group.positive() if cfg.replay == "positive" else group
+        run.queue.admit(kept, group.std, any(r.answer == 1 for r in group.rewards), run.step)
     run.clock.lap("update")
     return stats
 
@@ -226,8 +225,7 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
     steps: int = option(200, "steps after which the run ends; a step trains on one batch", zero=True)
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
     seed: int = option(0, "seed of everything", zero=True)
-    probe: int = option(0, "sample this many tasks with the untrained model, print whether a run is worth it, end",
-                        zero=True)
+    probe: int = option(0, "sample this many tasks with the untrained model, print if a run pays, end", zero=True)
     quantize: str = option("auto", "of the base; auto: nf4 on a GPU from 1e9 parameters on", ("auto", "none", "nf4"))
     vram: float | None = option(None, "GiB of GPU memory: plans context, slots and token budget where not given")
     lr: float = option(1e-5, "learning rate")
@@ -255,12 +253,13 @@ class TaskConfig:
 @dataclass
 class QueueConfig:
     queue_size: int = option(64, "groups kept for replay", zero=True)
-    replay_share: float = option(0.5, "at most this share of a batch is replayed", zero=True)
+    online_groups: int | None = option(None, "of --groups so many are sampled, the queue fills the rest (default: all)")
+    replay: str = option("all", "of a group: all, or only trajectories with a positive advantage", ("all", "positive"))
+    replay_share: float = option(0.5, "at most this share of a batch replaces groups without signal", zero=True)
     half_life: float = option(4.0, "steps in which a queued group's priority halves")
     max_age: int = option(8, "steps after which a queued group is dropped", zero=True)
     max_uses: int = option(4, "updates that a group may take part in", zero=True)
-    max_off_policy: float = option(0.3, "a group leaves with more than this share of off-policy tokens", zero=True,
-                                   flag=False)
+    max_off_policy: float = option(0.3, "a group leaves above this share of off-policy tokens", zero=True, flag=False)
 
 
 @dataclass
@@ -301,6 +300,8 @@ class Run:
     heldout: list[Task]
     queue: SampleQueue
     out: Path
+    rank_groups: int                                 # groups of a batch on this rank (process)
+    rank_online: int                                 # those sampled for it; the queue fills the rest
     rank: int = 0
     size: int = 1                                    # number of ranks: processes that share the work
     started: float = field(default_factory=time.monotonic)
@@ -320,11 +321,6 @@ class Run:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def rank_groups(self) -> int:
-        """Groups of a batch on this rank (process)."""
-        return self.cfg.groups // self.size
 
     @property
     def hard(self) -> tuple[str, ...]:
@@ -364,8 +360,10 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     """Load everything and make the Run, fresh or resumed. Bad input is refused before the model takes its minutes."""
     rank, size = ranks.world()
     cfg, settled = settle(cfg, given)
-    if cfg.groups % size:
-        raise UserError(f"--groups {cfg.groups} cannot be shared by {size} processes")
+    cfg.online_groups = cfg.online_groups or cfg.groups
+    if cfg.online_groups > cfg.groups or cfg.groups % size or cfg.online_groups % size:
+        raise UserError(f"--groups {cfg.groups} --online-groups {cfg.online_groups}: the first must be the larger one, "
+                        f"and both are shared evenly by {size} processes")
     data = read_jsonl(Path(cfg.data)) if cfg.data else None
     tasks, heldout = split_tasks(data, cfg.eval_tasks, cfg.seed, cfg.difficulty)
     web = open_web(cfg.cache)
@@ -386,7 +384,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         cfg, policy, make_optimizer(policy, cfg.lr), executor,
         Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts), tools, tasks, heldout,
         SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses, cfg.max_off_policy),
-        Path(cfg.out), rank, size)
+        Path(cfg.out), cfg.groups // size, cfg.online_groups // size, rank, size)
     if cfg.resume:
         restore(run, queued_group)
     elif not cfg.probe:

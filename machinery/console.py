@@ -90,7 +90,7 @@ def estimate(run):
     """Hours per phase, from what is measured so far: the first evaluation, or the second step."""
     cfg, evaluation_seconds, left = run.cfg, run.before["evaluation_seconds"], run.cfg.steps - run.step
     if run.step == 0:
-        sampling = evaluation_seconds / (3 * len(run.heldout)) * cfg.groups * cfg.group_size
+        sampling = evaluation_seconds / (3 * len(run.heldout)) * cfg.online_groups * cfg.group_size
         update, update_text = sampling, "update not measured yet, taken as sampling"
     else:
         m = run.history[-1]
@@ -159,8 +159,9 @@ def show_probe(run, groups: Sequence):
     signal = sum(g.advantages is not None for g in groups) / len(groups)
     run.say(f"groups with signal {signal:.2f}, tokens per trajectory "
             f"{fmean(len(t.ids) for t in trajectories):.0f} (sampled {fmean(sum(t.mask) for t in trajectories):.0f})")
-    batches = cfg.steps * run.rank_groups / cfg.probe
+    batches = cfg.steps * run.rank_online / cfg.probe
     hours = {phase: run.clock[phase] * batches / 3600 for phase in ("sampling", "judging", "update")}
+    hours["update"] *= run.rank_groups / run.rank_online        # the queue fills the rest of a batch
     run.say(f"a run of {cfg.steps} steps: " + ", ".join(f"{phase} {h:.2f} h" for phase, h in hours.items())
             + f", in all {sum(hours.values()):.2f} h, evaluations apart")
     if signal < 0.2:

@@ -101,7 +101,7 @@ def apply_plan(cfg, settled: set[str]):
     fixed = {name: getattr(cfg, name) for name in ("slots", "token_budget") if name in settled}
     if "context_tokens" in settled:
         fixed["context"] = cfg.context_tokens
-    plan = plan_memory(cfg.model, cfg.vram, cfg.quantize, cfg.groups * cfg.group_size, cfg.lora_rank, **fixed)
+    plan = plan_memory(cfg.model, cfg.vram, cfg.quantize, cfg.online_groups * cfg.group_size, cfg.lora_rank, **fixed)
     cfg.context_tokens, cfg.slots, cfg.token_budget = plan.context_tokens, plan.slots, plan.token_budget
     if world()[0] == 0:
         print(plan)

@@ -156,10 +156,11 @@ def copy_batches(rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tenso
                torch.tensor([[0] * p + [1] * (64 - p) for p in periods]))
 
 
-def demonstration_batches(chat: Chat, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def demonstration_batches(chat: Chat, rng: random.Random,
+                          shares=SHARES) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Ids and mask, (32, T) each, without end. Made for 8 batches at a time, so that one batch has similar lengths."""
     while True:
-        made = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0]) for _ in range(256)]
+        made = [demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), shares)[0]) for _ in range(256)]
         made.sort(key=lambda ids_mask: len(ids_mask[0]))
         for start in rng.sample(range(0, 256, 32), 8):
             ids, mask = zip(*made[start:start + 32])
