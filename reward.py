@@ -115,7 +115,7 @@ SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
 SCALE = "|".join(SCALES)
 NUMBER = re.compile(rf"""
     (minus\ |negative\ |[-+])? ([$€£¥]|USD\ )?                             # sign, currency
-    ((?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+|(?:{WORDS})\b)         # 1,234.5
+    ((?:[1-9]\d{{,2}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+|(?:{WORDS})\b)       # 1,234.5
     (?:e([-+]?\d{{1,3}})|\ ?x\ ?10\^([-+]?\d{{1,3}}))?                     # e6, x 10^6
     (?:\ ?({SCALE})\b)? \ ?(.*)                                            # a factor; a unit, or what is counted
     """, re.VERBOSE | re.IGNORECASE)
@@ -154,7 +154,7 @@ def unit(name: str) -> tuple[str, Fraction] | None:
     names = [name]
     if len(name) > 3:
         lower = name.lower().replace("degrees ", "°").replace(" per ", "/")
-        names += [lower, re.sub("s(?=/|$)", "", lower)]
+        names += [lower, re.sub("(?<=[a-z]{3})s(?=/|$)", "", lower)]
     return next((UNITS[name] for name in names if name in UNITS), None)
 
 
@@ -219,8 +219,8 @@ def dates(text: str) -> set[tuple[str, date]]:
     """The days or months that a text can mean: two days for 03/05/2020; none: it is no date."""
     if not re.search(r"\d{4}", text):
         return set()
-    text = re.sub(r"\b(\d{1,2})(?:st|nd|rd|th)\b", r"\1", text)          # 5th of March,
-    text = re.sub(r"(?<=\d)[./-](?=\d)", "-", re.sub(r"(?: of|,) (?=\w)", " ", text))
+    text = re.sub(r"(?<![\d-])(\d{1,2})(?:st|nd|rd|th)\b", r"\1", text)    # 5th of March,
+    text = re.sub(r"(?<=\d)[./-](?=\d)", "-", re.sub(r"(?<=\w)(?: of|,) (?=\w)", " ", text))
     found = set()
     for form in DATE_FORMATS:
         try:
@@ -238,9 +238,8 @@ def judge_date(gold: set[tuple[str, date]], given: set[tuple[str, date]]) -> str
 
 
 def parts(text: str) -> list[str]:
-    if ", " in text or ";" in text:
-        text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)                  # 1,200, 3,400
-    return [plain(part) for part in re.split(r"[,;](?: and\b)?", text)]
+    comma = ", " if ", " in text else ","                                # 1,200, 3,400 are two numbers
+    return [plain(part) for part in re.split(f"{comma}(?:and )?|;", text)]
 
 
 def judge_list(question: str, gold: str, answer: str) -> str:
@@ -283,7 +282,7 @@ def judge_one(question: str, gold: str, answer: str) -> str:
     """The verdict on plain texts: right or wrong by the first form that both are understood in."""
     if judge_text(gold, answer) == RIGHT:
         return RIGHT
-    polarities = POLARITY.get(gold.lower()), POLARITY.get(answer.rstrip("!").lower())
+    polarities = POLARITY.get(gold.lower()), POLARITY.get(answer.removesuffix("!").lower())
     if None not in polarities:
         return RIGHT if polarities[0] == polarities[1] else WRONG
     if dates(gold) and dates(answer):
