@@ -3,13 +3,13 @@
 Owns equation (1), GAIA's official scorer, the heuristic judge and the LLM judge.
 
 Read in this order: `compute_reward`; `gaia_score` (the benchmark's own rule, never improved here);
-`heuristic_judge` (our rule: right, wrong or unsure), which chooses a branch by the gold answer: yes or no, date,
-quantity, list, text; `Judge` (asks a language model, and only where the heuristic is unsure).
+`heuristic_judge` (our rules: right, wrong or unsure), which reads both answers as a text, a yes or no, a date, a number
+with its unit, or a list; `Judge` (asks a language model, and only where the heuristic is unsure).
 
 The three opinions are never mixed. A GAIA figure is made of the official score. Training uses heuristic and LLM,
 because the official rule calls "17 km" wrong where the gold answer is "17", and "314 m" right where it is "3.14 m".
-A right answer called wrong costs one sample; a wrong answer called right is what a policy learns to exploit. So
-the heuristic answers *unsure* in every doubtful case.
+A wrong answer called right is what a policy learns to exploit. So the heuristic says *right* or *wrong* only where it
+understands both answers to the last sign; a form that it does not know (1/2 and half, Vienna and Wien) is *unsure*.
 """
 import hashlib
 import math
@@ -119,26 +119,25 @@ NUMBER = re.compile(rf"""
     (?:e([-+]?\d{{1,3}})|\ ?x\ ?10\^([-+]?\d{{1,3}}))?                     # e6, x 10^6
     (?:\ ?({SCALE})\b)? \ ?(.*)                                            # a factor; a unit, or what is counted
     """, re.VERBOSE | re.IGNORECASE)
-UNIT_TABLE = {                           # per dimension: factor and names of each unit; Mm is not mm
-    "percent": "1 % percent percentage",
-    "dollar": "1 $ USD dollar, 0.01 ¢ cent",
-    "euro": "1 € EUR euro",
-    "sterling": "1 £ GBP",
-    "yen": "1 ¥ JPY yen",
-    "celsius": "1 °C celsius °celsius",
-    "fahrenheit": "1 °F fahrenheit °fahrenheit",
-    "time": "1 s sec second, 60 min minute, 3600 h hr hour, 86400 day",
-    "mass": "1 kg kilogram, 0.001 g gram, 1000 tonne, 0.45359237 lb lbs",
-    "volume": "1 m^3, 0.001 l L liter litre, 0.000001 ml mL milliliter millilitre",
-    "speed": "1 m/s meter/second metre/second, 5/18 km/h kph kilometer/hour kilometre/hour",
-    "length": "1 m meter metre, 1000 km kilometer kilometre, 0.01 cm centimeter centimetre, 0.001 mm millimeter "
-              "millimetre, 1e-10 Å angstrom, 1e-12 pm, 1609.344 mi mile, 0.3048 ft foot feet, 0.0254 in inch inche"}
+UNIT_TABLE = """    dimension, then factor and names of each unit; Mm is not mm
+    percent     1 % percent percentage
+    dollar      1 $ USD dollar, 0.01 ¢ cent
+    euro        1 € EUR euro
+    sterling    1 £ GBP
+    yen         1 ¥ JPY yen
+    celsius     1 °C celsius °celsius
+    fahrenheit  1 °F fahrenheit °fahrenheit
+    time        1 s sec second, 60 min minute, 3600 h hr hour, 86400 day
+    mass        1 kg kilogram, 0.001 g gram, 1000 tonne, 0.45359237 lb lbs
+    volume      1 m^3, 0.001 l L liter litre, 0.000001 ml mL milliliter millilitre
+    speed       1 m/s meter/second metre/second, 5/18 km/h kph kilometer/hour kilometre/hour
+    length      1 m meter metre, 1000 km kilometer kilometre, 0.01 cm centimeter centimetre, 1e-10 Å angstrom, 1e-12 pm
+    length      0.001 mm millimeter millimetre, 1609.344 mi mile, 0.3048 ft foot feet, 0.0254 in inch inche"""
 UNITS = {name: (dimension, Fraction(factor))
-         for dimension, units in UNIT_TABLE.items()
+         for dimension, units in (line.split(maxsplit=1) for line in UNIT_TABLE.splitlines()[1:])
          for factor, *names in map(str.split, units.split(","))
          for name in names}
-ASKED = re.compile(r"\b(?:how many|how much|in|what)(?= (?:more |total |US |\S*rounded )?(\S+?)[,.?]*(?:$| (\S+)))",
-                   re.IGNORECASE)
+ASKING = ("in", "many", "much", "what", "more", "total", "us", "rounded")    # words before a unit that is asked for
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,12 @@ def unit(name: str) -> tuple[str, Fraction] | None:
 
 def unit_asked(question: str) -> tuple[str, Fraction]:
     """The one unit that the question asks for ("how many km", "in dollars"): it is the unit of a bare number."""
-    found = {unit(name) for name, following in ASKED.findall(question)
-             if unit(name) and following not in ("per", "and", "or", "squared", "cubed")}
+    words = [word.strip(",.?") for word in question.split()]
+    found = set()
+    for before, name, after in zip(words, words[1:], [*words[2:], ""]):
+        asking = before.lower().split("-")[-1] in ASKING
+        if asking and unit(name) and after not in ("per", "and", "or", "squared", "cubed"):
+            found.add(unit(name))
     return found.pop() if len(found) == 1 else ("", Fraction(1))
 
 
@@ -173,7 +176,8 @@ def counted(question: str, noun: str) -> bool:
 
 
 def quantity(question: str, text: str) -> Quantity | None:
-    """None unless the whole text is understood: what follows a number must be a unit, or what the question counts."""
+    """None unless the whole text is understood: what follows a number must be a unit, or what the question counts.
+    No factor, unit or hedge is ever dropped."""
     match = NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -182,12 +186,13 @@ def quantity(question: str, text: str) -> Quantity | None:
         return None
     name = currency.strip() or rest
     known = unit(name)
-    if not name or not known and counted(question, name):
+    if known is None and (name == "" or counted(question, name)):
         known = unit_asked(question)
-    if not known:
+    if known is None:
         return None
     dimension, factor = known
-    factor *= SCALES.get(scale.lower(), 1) * Fraction(10) ** int(exponent or power or 0)
+    factor *= Fraction(10) ** int(exponent or power or 0)
+    factor *= SCALES.get(scale.lower(), 1)
     digits = digits.replace(",", "")
     value = Fraction(NUMBER_WORDS.get(digits.lower().replace(" ", "-"), digits))
     if sign not in ("", "+"):
@@ -220,13 +225,15 @@ def dates(text: str) -> set[tuple[str, date]]:
     if not re.search(r"\d{4}", text):
         return set()
     text = re.sub(r"(?<![\d-])(\d{1,2})(?:st|nd|rd|th)\b", r"\1", text)    # 5th of March,
-    text = re.sub(r"(?<=\d)[./-](?=\d)", "-", re.sub(r"(?<=\w)(?: of|,) (?=\w)", " ", text))
+    text = re.sub(r"(?<=\w)(?: of|,) (?=\w)", " ", text)
+    text = re.sub(r"(?<=\d)[./-](?=\d)", "-", text)
     found = set()
     for form in DATE_FORMATS:
         try:
-            found.add(("day" if "%d" in form else "month", datetime.strptime(text, form).date()))
+            day = datetime.strptime(text, form).date()
         except ValueError:
-            pass
+            continue
+        found.add(("day" if "%d" in form else "month", day))
     return found
 
 
@@ -238,6 +245,7 @@ def judge_date(gold: set[tuple[str, date]], given: set[tuple[str, date]]) -> str
 
 
 def parts(text: str) -> list[str]:
+    """The parts of a list."""
     comma = ", " if ", " in text else ","                                # 1,200, 3,400 are two numbers
     return [plain(part) for part in re.split(f"{comma}(?:and )?|;", text)]
 
@@ -256,25 +264,33 @@ def judge_list(question: str, gold: str, answer: str) -> str:
     return WRONG if missing else UNSURE
 
 
+def fold_case(word: re.Match) -> str:
+    """Not in a word like mHz."""
+    return word[0].lower() if word[0].istitle() or word[0].isupper() else word[0]
+
+
 def fold(text: str) -> str:
-    """Makes texts alike that differ in what carries no meaning: case (not in Co, which is no CO, nor in mHz), The,
-    the hyphen of two words, the full stops of St. and J. R. R., the signs of Title: Subtitle, O'Brien and Up!"""
-    text = re.sub(r"(?i)^the ", "", text)
-    text = re.sub(r"\b([A-Z])\. ?(?=[A-Z]\.)", r"\1", text)
-    text = re.sub(rf"(?<={LETTER})\.(?= |$)|\b:(?= {LETTER})|(?<=\b[A-Z])'(?=[A-Z])|(?<={LETTER * 2})!$", "", text)
-    text = re.sub(f"(?<={LETTER * 2})-(?={LETTER * 2})", " ", text)
-    return re.sub(LETTER + "{3,}", lambda m: m[0].lower() if m[0].istitle() or m[0].isupper() else m[0], text)
+    """Makes texts alike that differ in case or in a sign that carries no meaning. Words of one or two letters keep
+    their case: Co is not CO."""
+    text = re.sub("^[Tt]he ", "", text)
+    text = re.sub(r"\b([A-Z])\. ?(?=[A-Z]\.)", r"\1", text)              # J. R. R. Tolkien
+    text = re.sub(rf"(?<={LETTER})\.(?= |$)", "", text)                  # St. Ives
+    text = re.sub(rf"\b:(?= {LETTER})", "", text)                        # 2001: A Space Odyssey
+    text = re.sub(r"(?<=\b[A-Z])'(?=[A-Z])", "", text)                   # O'Brien
+    text = re.sub(rf"(?<={LETTER}{LETTER})!$", "", text)                 # Up!
+    text = re.sub(f"(?<={LETTER}{LETTER})-(?={LETTER}{LETTER})", " ", text)    # sugar-free
+    return re.sub(LETTER + "{3,}", fold_case, text)
 
 
-def without_accents(gold: str) -> str:
-    """Names as one types them on another keyboard: Zurich. But año is not ano."""
-    return re.sub(LETTER + "{4,}", lambda m: unaccented(m[0].lower()).title() if m[0].istitle() else m[0], gold)
+def typed(name: re.Match) -> str:
+    """A name as one types it on another keyboard: Zurich. But año is not ano."""
+    return unaccented(name[0].lower()).title() if name[0].istitle() else name[0]
 
 
 def judge_text(gold: str, answer: str) -> str:
     """Other texts may still be another name of the same: Vienna and Wien."""
     if answer.isascii():
-        gold = without_accents(gold)
+        gold = re.sub(LETTER + "{4,}", typed, gold)
     return RIGHT if fold(gold) == fold(answer) else UNSURE
 
 
@@ -282,12 +298,14 @@ def judge_one(question: str, gold: str, answer: str) -> str:
     """The verdict on plain texts: right or wrong by the first form that both are understood in."""
     if judge_text(gold, answer) == RIGHT:
         return RIGHT
-    polarities = POLARITY.get(gold.lower()), POLARITY.get(answer.removesuffix("!").lower())
-    if None not in polarities:
-        return RIGHT if polarities[0] == polarities[1] else WRONG
+    wanted = POLARITY.get(gold.lower())
+    given = POLARITY.get(answer.removesuffix("!").lower())
+    if wanted is not None and given is not None:
+        return RIGHT if wanted == given else WRONG
     if dates(gold) and dates(answer):
         return judge_date(dates(gold), dates(answer))
-    wanted, given = quantity(question, gold), quantity(question, answer)
+    wanted = quantity(question, gold)
+    given = quantity(question, answer)
     if wanted:
         code = re.match(r"0\d", gold) or CODE.search(question)
         return judge_quantity(wanted, given) if given and not code else UNSURE
