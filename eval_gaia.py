@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from executor import Executor
 from policy import Policy, load_policy
-from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
+from reward import Judge, check_judge, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, read_gaia
 from machinery.cli import OneLineParser, UserError, claim_folder, exit_status
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
+from machinery.text import clean
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
 from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text

@@ -25,10 +25,9 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from reward import clean
 from tasks import Task, read_gaia, read_jsonl, read_rows
 from machinery.cli import OneLineParser, UserError, exit_status
-from machinery.text import ngrams
+from machinery.text import clean, ngrams
 
 VOLATILE = re.compile(
     r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|real[- ]time|"

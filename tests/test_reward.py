@@ -1,11 +1,14 @@
 """reward.py: the official scorer by a table, the heuristic by hand-labelled pairs, the LLM judge by real servers."""
+import itertools
 import json
+import math
 import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,26 +104,73 @@ def wilson(k, n, z=1.96):
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-@pytest.mark.parametrize("names", [("judge_pairs", "judge_pairs_fresh"), ("judge_pairs_unseen",)])
-def test_hard_pairs_by_hand(capsys, names):
-    """At most 1 % of the wrong answers called right. Unseen: labelled after the last change of the rules that moved
-    a verdict here, and kept out of mending them; move one and they are seen."""
+KEPT = ("judge_pairs", "judge_pairs_fresh", "judge_pairs_unseen")
+
+
+@pytest.mark.parametrize("names, right_called_right", [(KEPT, 119), (("judge_pairs_forms",), 25)])
+def test_hard_pairs_by_hand(capsys, names, right_called_right):
+    """judge_pairs_forms was labelled before the present rules were thought of; nobody agrees on its *open* pairs."""
     table = [pair for name in names for pair in pairs(f"{name}.jsonl")]
     assert len({(q, g, a) for _, q, g, a, _ in table}) == len(table)
     heuristic = Counter((label, heuristic_judge(q, g, a)) for _, q, g, a, label in table)
     official = Counter((label, gaia_score(a, g)) for _, q, g, a, label in table)
     wrong, right = sum(y == "wrong" for *_, y in table), sum(y == "right" for *_, y in table)
-    rows = [("heuristic", heuristic["wrong", "right"], heuristic["right", "wrong"]),
-            ("official", official["wrong", True], official["right", False])]
+    rows = [("heuristic", heuristic["wrong", "right"], heuristic["right", "right"], heuristic["right", "wrong"]),
+            ("official", official["wrong", True], official["right", True], official["right", False])]
     with capsys.disabled():
         print(f"\n{' and '.join(names)}: {wrong} wrong answers and {right} right ones; heuristic unsure on "
               f"{heuristic['wrong', 'unsure']} and {heuristic['right', 'unsure']}")
-        for name, accepts, rejects in rows:
+        for name, accepts, hits, rejects in rows:
             low, high = (100 * x for x in wilson(accepts, wrong))
-            print(f"  {name:<10} false accepts {accepts} ({100 * accepts / wrong:.1f} % [{low:.1f}, {high:.1f}])"
-                  f", false rejects {rejects} ({100 * rejects / right:.1f} %)")
-    assert heuristic["wrong", "right"] <= 0.01 * wrong
-    assert heuristic["right", "wrong"] <= 0.15 * right
+            print(f"  {name:<10} wrong called right {accepts} ({100 * accepts / wrong:.1f} % [{low:.1f}, {high:.1f}]), "
+                  f"right called right {hits} ({100 * hits / right:.1f} %), right called wrong {rejects} "
+                  f"({100 * rejects / right:.1f} %)")
+    assert heuristic["wrong", "right"] == heuristic["open", "right"] == 0
+    assert heuristic["right", "right"] >= right_called_right
+    assert heuristic["right", "wrong"] <= 0.05 * right
+
+
+# What a judge must never drop: factors, units, hedges, negations, operators, marks.
+PIECES = ("k|K|M|bn|million|dozen|hundred|e3|**2|^2|²|½|/2|x|x2|-|--|−|+1|±1|~|about|not|no|non-|perhaps|maybe|or|"
+          "or 6|and|and 6|but|except|%|‰|$|€|¢|US$|cents|m|km|mm|'|\"|′|″|°|° F|per day|/h|BC|AD|PM|th|s|'s|?|...|"
+          "…|*|(|)|(not)|[1]|(1)|<b>|0|1|9|,|,000|.5|0,|0.|\u0304|\u0301|\u20e3|①|₂|#|++|!|!!|<|=|√|a|an|der|Mr.|"
+          "Not|I|almost|less than|at least|up to|until|before|of|th of|thirds|and a half|:00|\n2|, D|; D|- |1. |"
+          "QED|apples|pears|ago|times|-fold|or so|I think|is wrong").split("|")
+GOLDS = ["5", "100", "-5", "0.5", "12,345", "$5", "€20", "$3.4 billion", "5 km", "90 minutes", "25 %", "-30 °C",
+         "100 km/h", "five", "twenty-one", "6.02e23", "1/2", "3:2", "15:30", "2**3", '6"', "(1, 2)", "3 May 1987",
+         "May 1987", "2020-03-05", "Yes", "no", "Paris", "New York City", "Zürich", "José", "C", "x", "x2", "x^2",
+         "a third", "third", "MCMXCIX", "A, B, C", "1, 2, 3", "1,200, 3,400", "Ann; Bob", "Moreau and Lindt",
+         "St. Ives", "v2.0.1", "able"]
+HARMLESS_BEFORE = re.compile(r"\+?0*|the|the answer is", re.I)
+HARMLESS_AFTER = re.compile(r"!?\.?|\.?0*\.?|apples\.?")
+PAIRS = {'""', "''", "``", "**", "****", "()", "[]", "{}"}
+
+
+def visible(text):
+    """Without control characters, digits of all scripts as 0 to 9."""
+    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cc", "Cf"))
+    return re.sub(r"\d", lambda digit: str(int(digit[0])), text)
+
+
+def check_that_it_is_not_right(before, gold, after, question="What is it?"):
+    answer = before + gold + after
+    before, after = visible(before).strip(), visible(after).strip()
+    if not (HARMLESS_BEFORE.fullmatch(before) and HARMLESS_AFTER.fullmatch(after)) and before + after not in PAIRS:
+        assert heuristic_judge(question, gold, answer) != "right", (gold, answer)
+
+
+def test_no_factor_unit_hedge_or_mark_is_dropped():
+    for gold, piece in itertools.product(GOLDS, PIECES):
+        for before, after in ((piece, ""), (piece + " ", ""), ("", piece), ("", " " + piece), (piece, piece),
+                              ("The answer is ", piece + "."), ("The answer is ", f" {piece}.")):
+            check_that_it_is_not_right(before, gold, after, "How many apples are there?")
+
+
+@settings(max_examples=500)
+@given(st.text(max_size=6), st.one_of(st.sampled_from(GOLDS), st.text(st.characters(categories=["L"]), min_size=1)),
+       st.text(max_size=6))
+def test_whatever_is_added_to_the_gold_answer_makes_it_anything_but_right(before, gold, after):
+    check_that_it_is_not_right(before, gold, after)
 
 
 @settings(max_examples=200)
@@ -137,8 +187,14 @@ def test_the_gold_answer_itself_is_right(gold):
 
 
 @given(st.integers(-10**6, 10**6), st.integers(-10**6, 10**6))
+@example(1, 100)
+@example(-2_000_000, -2)
+@example(0, 1)
 def test_different_numbers_are_never_right(a, b):
-    assert heuristic_judge("How many?", str(a), str(b)) == ("right" if a == b else "wrong")
+    verdicts = ["right"] if a == b else ["wrong"]
+    if a and b and math.log10(abs(a / b)) in (-6, -3, -2, 2, 3, 6):
+        verdicts = ["wrong", "unsure"]                                     # perhaps in percent, in thousands
+    assert heuristic_judge("How many?", str(a), str(b)) in verdicts
 
 
 @pytest.mark.parametrize("answer", [None, "", " \n", "x" * (LONGEST + 1), "17 " * 10**6])
