@@ -30,7 +30,7 @@ from transformers import (                                      # noqa: E402
 
 from tools import UserError                                     # noqa: E402
 
-TINY_DIR = Path(__file__).resolve().parent / "tiny"             # the built-in model, made by tiny.py
+TINY_DIR = Path(__file__).resolve().parent / "tiny"             # built in; scripts/warm_start.py made it
 
 
 # --------------------------------------------------------------------------------------- what depends on size
