@@ -51,7 +51,7 @@ from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.engine import attention
 from machinery.prefix_tree import shared_heads
 from policy import TINY, Policy, load_policy, readable_errors
-from rollout import Chat, Trajectory, build_prompt
+from rollout import Chat, Trajectory, build_prompt, read_prompt
 from tasks import BUILTIN_TOOLS, Task, make_question
 
 OBSERVATION_TOKENS = TINY.settings["observation_tokens"]
@@ -99,12 +99,13 @@ DEMOS = {
 }
 
 
-def demonstrate(chat: Chat, family: str, rng: random.Random, way: int, style: str = TINY.prompt):
-    """Ids and mask (1 = the policy wrote it) of a demonstration on a new training task; way: 0 (right), 1 or 2. style:
-    of the prompt; the tiny model knows the one of its own preset alone."""
+def demonstrate(chat: Chat, family: str, rng: random.Random, way: int, style: str = TINY.prompt,
+                prompt: str | None = None) -> tuple[list[int], list[int]]:
+    """Ids and mask (1 = the policy wrote it) of a demonstration on a new training task; way: 0 (right), 1 or 2. style
+    and prompt: see rollout.build_prompt; the tiny model knows its own style alone."""
     question, answers = make_question(family, "train", rng), []
     task = Task("", question.text, str(question.answer), question.files)
-    ids = list(build_prompt(chat, task, BUILTIN_TOOLS, style))
+    ids = list(build_prompt(chat, task, BUILTIN_TOOLS, style, prompt))
     mask = [0] * len(ids)
     slots = question.slots | {"guess": rng.randrange(100, 1000)}
     space = {tool.name: tool.function for tool in BUILTIN_TOOLS}
@@ -121,7 +122,7 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int, style: st
             forced = chat.between(chat.observation(result.observation(), OBSERVATION_TOKENS), turn[-1])
             ids, mask = ids + forced, mask + [0] * len(forced)
     if (str(answers[0]) == task.answer) != (way == 0):      # a mistake that is right by chance: take another task
-        return demonstrate(chat, family, rng, way, style)
+        return demonstrate(chat, family, rng, way, style, prompt)
     return ids, mask
 
 
@@ -145,11 +146,12 @@ def convert_gguf(file: Path, folder: Path):
     tokenizer.save_pretrained(folder)
 
 
-def imitate(policy: Policy, chat: Chat, rng: random.Random, demonstrations: int, style: str) -> float:
+def imitate(policy: Policy, chat: Chat, rng: random.Random, demonstrations: int, prompt: str | None) -> float:
     """The gradients of one step: the mean of -log pi over the policy's tokens, returned. Forwarded as in an update."""
     batch = []
     for i in range(demonstrations):
-        ids, mask = demonstrate(chat, rng.choice(list(DEMOS)), rng, rng.choices(range(3), SHARES)[0], style)
+        family, way = rng.choice(list(DEMOS)), rng.choices(range(3), SHARES)[0]
+        ids, mask = demonstrate(chat, family, rng, way, policy.preset.prompt, prompt)
         batch.append((Trajectory("", i, 0, ids, mask, [0.0] * len(ids), 0, [], None, "answer", 0.0), 0.0))
     tokens, total = sum(sum(trajectory.mask) for trajectory, _ in batch), 0.0
     shared = shared_heads(policy.model)
@@ -189,13 +191,14 @@ def kept(file: Path, policy: Policy, optimizer, settings: dict[str, str]) -> int
     return step
 
 
-def warm_start(base: str, out: Path, seed: int, steps: int, batch: int, lr: float):
-    """LoRA on `steps` batches of demonstrations, then merged. The same command goes on after an interruption."""
+def warm_start(base: str, args, steps: int):
+    """LoRA on `steps` batches of demonstrations, then merged. The same command goes on after an interruption. base: a
+    hub id or a folder. args: see main."""
+    seed, lr, out = args.seed, args.lr, args.out
     policy = load_policy(base, "none", seed=seed, dtype=torch.float32)
-    if policy.preset.prompt != "full":
-        raise UserError(f"--base {base}: a model of this size is built without --base")
+    prompt = args.prompt and read_prompt(args.prompt)
     chat, progress = Chat(policy.tokenizer), Path(f"{out}.partial.safetensors")
-    settings = {"base": base, "seed": str(seed), "steps": str(steps), "batch": str(batch), "lr": str(lr)}
+    settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
     optimizer = torch.optim.AdamW(policy.trainable(), lr=lr, weight_decay=0.0)
     first = kept(progress, policy, optimizer, settings)
     began = time.process_time()
@@ -204,7 +207,7 @@ def warm_start(base: str, out: Path, seed: int, steps: int, batch: int, lr: floa
             rate = lr * min((step + 1) / 4, 4 * (steps - step) / steps, 1.0)    # the last quarter falls to 0
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
-            loss = imitate(policy, chat, random.Random(f"warm-{seed}-{step}"), batch, policy.preset.prompt)
+            loss = imitate(policy, chat, random.Random(f"warm-{seed}-{step}"), args.batch, prompt)
             torch.nn.utils.clip_grad_norm_(policy.trainable(), 1.0)
             optimizer.step()
             spent = time.process_time() - began
@@ -320,6 +323,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps on demonstrations (default: 32; built-in: 2000)")
     parser.add_argument("--batch", type=int, default=16, help="with --base: demonstrations per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="with --base: learning rate of the adapter")
+    parser.add_argument("--prompt", help="with --base: FILE with the system text, as for train.py")
     parser.add_argument("--copy-steps", type=int, default=1500, help="built-in: at most; ends once copying is learned")
     args = parser.parse_args()
     if args.out.exists():
@@ -332,7 +336,7 @@ def main() -> None:
         if base.endswith(".gguf"):
             base = folder
             convert_gguf(Path(args.base), Path(folder))
-        warm_start(base, args.out, args.seed, args.steps or 32, args.batch, args.lr)
+        warm_start(base, args, args.steps or 32)
 
 
 if __name__ == "__main__":

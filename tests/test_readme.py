@@ -120,7 +120,8 @@ def test_every_command_names_a_script_and_flags_that_it_knows(monkeypatch, capsy
                 importlib.import_module(module).main()
             known[module, *section] = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         assert set(flags) <= known[module, *section], f"{module}: {flags}"
-    assert {module for module, *_ in found} == {"train", "eval_gaia", "scripts.bench", "scripts.data", "scripts.warm_start"}
+    modules = {"train", "eval_gaia", "scripts.bench", "scripts.data", "scripts.warm_start"}
+    assert {module for module, *_ in found} == modules
 
 
 def test_every_flag_that_the_text_names_exists(monkeypatch, capsys):
