@@ -4,12 +4,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from scripts import warm_start
+from machinery.cli import UserError
 from executor import Executor
 from policy import TINY, TINY_DIR, load_policy
 from rollout import Chat, Sampling, rollout
@@ -113,6 +116,62 @@ def test_the_executor_shows_what_the_demonstrations_show(chat):
                 results = [session.execute(code) for code in codes]
             assert [r.observation() for r in results[:-1]] == seen
             assert results[-1].answer == str(question.answer) and all(r.status == "ok" for r in results)
+
+
+# ------------------------------------------------------------------------------------------- the warm start of a base
+def warmed(out: Path, **changes) -> dict:
+    args = SimpleNamespace(base="tiny", out=out, seed=3, steps=6, batch=4, lr=1e-3, prompt=None)
+    vars(args).update(changes)
+    warm_start.warm_start("tiny", args, args.steps)
+    return load_file(out / "model.safetensors")
+
+
+def test_an_interrupted_warm_start_goes_on_and_ends_like_a_whole_one(tmp_path, monkeypatch):
+    whole = warmed(tmp_path / "whole")
+    imitate, calls = warm_start.imitate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return imitate(*args)
+    monkeypatch.setattr(warm_start, "imitate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        warmed(tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
+    with pytest.raises(UserError, match="other settings.*delete it"):
+        warmed(tmp_path / "parts", lr=1e-2)
+    parts = warmed(tmp_path / "parts")
+    assert len(calls) == 8                      # five steps, the interrupted one; from step 4 on again: two
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == []
+
+
+def test_a_warm_start_merges_what_the_adapter_learned(tmp_path):
+    """The folder holds a plain model: other weights than the base, and better at demonstrations."""
+    before = load_file(TINY_DIR / "model.safetensors")
+    after = warmed(tmp_path / "out", steps=8, batch=8)
+    assert after.keys() == before.keys()
+    linear = [name for name in before if "proj" in name]
+    assert linear and all(not torch.equal(after[name], before[name]) for name in linear)
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    losses = []
+    for model in ("tiny", str(tmp_path / "out")):
+        policy = load_policy(model)
+        losses.append(warm_start.imitate(policy, Chat(policy.tokenizer), random.Random(8), 16, None))
+    assert losses[1] < losses[0]
+
+
+def test_a_full_prompt_stands_before_a_demonstration(chat):
+    ids, mask = warm_start.demonstrate(chat, "lookup", random.Random(5), 0, "full", "Write ```python, final_answer.")
+    text = chat.tokenizer.decode(ids[:mask.index(1)])
+    assert "Write ```python, final_answer." in text and "convert(value: float" in text
+
+
+def test_a_missing_gguf_file_is_refused_in_one_line(tmp_path):
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match="no such file"):
+        warm_start.convert_gguf(tmp_path / "no.gguf", tmp_path / "out")
 
 
 def success(policy, tasks: list[Task], temperature: float) -> tuple[float, float]:
