@@ -155,7 +155,7 @@ def imitate(policy: Policy, chat: Chat, rng: random.Random, demonstrations: int,
         batch.append((Trajectory("", i, 0, ids, mask, [0.0] * len(ids), 0, [], None, "answer", 0.0), 0.0))
     tokens, total = sum(sum(trajectory.mask) for trajectory, _ in batch), 0.0
     shared = shared_heads(policy.model)
-    policy.model.train()
+    policy.model.eval()         # there is no dropout; without activation checkpointing, since batches are small
     with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
         for micro in micro_batches(batch, range(demonstrations), GRPOConfig.token_budget, policy.device, shared):
             logp, _ = micro.logps(policy, 1.0)      # (B, T), 0 where the policy wrote nothing
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--base", help="hub id, folder or FILE.gguf; default: the built-in model, from random weights")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimiser steps on demonstrations (default: 32; built-in: 2000)")
+    parser.add_argument("--steps", type=int, help="optimiser steps on demonstrations (default: 24; built-in: 2000)")
     parser.add_argument("--batch", type=int, default=16, help="with --base: demonstrations per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="with --base: learning rate of the adapter")
     parser.add_argument("--prompt", help="with --base: FILE with the system text, as for train.py")
@@ -336,7 +336,7 @@ def main() -> None:
         if base.endswith(".gguf"):
             base = folder
             convert_gguf(Path(args.base), Path(folder))
-        warm_start(base, args, args.steps or 32)
+        warm_start(base, args, args.steps or 24)
 
 
 if __name__ == "__main__":
