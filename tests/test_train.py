@@ -487,12 +487,12 @@ def test_every_setting_has_an_effect():
 
 def test_a_setting_has_one_definition():
     """Sampling and GRPOConfig are sections of Config, not copies; presets name only what differs."""
-    from policy import TINY, preset_for
+    from policy import SMALL, TINY, preset_for
     sections = [section for section in Config.__mro__[1:] if section is not object]
     names = [name for section in sections for name in section.__annotations__]
     assert len(names) == len(set(names)) == len(fields(Config)) and len(sections) == 6
     assert {"Sampling", "GRPOConfig"} <= {section.__name__ for section in sections}
-    for preset in (TINY, preset_for(7_600_000_000)):
+    for preset in (TINY, SMALL, preset_for(7_600_000_000)):
         assert preset.settings.keys() <= set(names)
 
 
