@@ -241,6 +241,7 @@ class MicroBatch:
     tree: Tree | None = None            # the same tokens, each distinct prefix once; None: padded
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
+    now: torch.Tensor | None = None     # l in the last optimiser step, before it
 
     def logps(self, policy: Policy, temperature: float):
         """(log-probs, entropies), both (B, T)."""
@@ -334,8 +335,9 @@ def accumulate(
     sums, not_finite = Counter(), []
     for micro in minibatch:
         logp, entropy = micro.logps(policy, temperature)     # (B, T), (B, T)
+        micro.now = logp.detach()
         if cfg.one_step:
-            micro.old = logp.detach()                   # l_old is this very forward pass
+            micro.old = micro.now                       # l_old is this very forward pass
         lengths = micro.mask.sum(1, keepdim=True).float()                                   # (B, 1)
         normaliser = LOSSES[cfg.loss].normaliser(lengths, tokens, sequences, token_limit)   # (B, 1)
         loss, stats = grpo_loss(
@@ -345,7 +347,7 @@ def accumulate(
         stats["entropy"] = entropy.sum()
         stats["tokens"] = micro.mask.sum()
         sums.update({name: value.item() for name, value in stats.items()})
-        numbers = logp.detach() + micro.old + micro.behaviour + micro.advantage             # (B, T)
+        numbers = micro.now + micro.old + micro.behaviour + micro.advantage             # (B, T)
         if micro.ref is not None:
             numbers = numbers + micro.ref
         finite = numbers.isfinite() | ~micro.mask                                           # (B, T)
@@ -366,13 +368,15 @@ def update(
     seed: int = 0,
     progress=None,
     plain: bool = False,
+    show: Sequence[int] = (),
 ) -> UpdateStats:
     """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
     temperature: at which the batch was sampled. token_limit: sampled tokens that a trajectory may have (for dr_grpo).
     fresh: which trajectories were just sampled (default: all). seed: of the split in minibatches, which are made of
     whole groups, because siblings share prefixes. progress: a tqdm bar, one count per trajectory and pass. plain:
-    padded; else every distinct prefix goes through the network once, with the same result.
+    padded; else every distinct prefix goes through the network once, with the same result. show: indices of the
+    trajectories whose l, l_old and l_ref, per token, are wanted in UpdateStats.shown.
     Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
     process on the whole. An optimiser step with a number that is *not finite* is skipped, on all ranks, and noted.
     """
@@ -402,7 +406,9 @@ def update(
     policy.model.zero_grad(set_to_none=True)
     policy.model.eval()
     stats.means_over_ranks(sums, policy.device, with_kl=cfg.beta > 0)
-    stats.compare_policies(sum(minibatches, []), fresh or [True] * len(batch), cfg.clip[1])
+    micros = sum(minibatches, [])
+    stats.compare_policies(micros, fresh or [True] * len(batch), cfg.clip[1])
+    stats.keep_tokens(micros, {row: len(batch[row][0].ids) for row in show})
     return stats
 
 
