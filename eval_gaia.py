@@ -40,7 +40,8 @@ from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prom
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke
 CHUNK = 64                                       # trajectories that are sampled, then written, together
-INHERITED = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens", "prompt")      # from training
+LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+INHERITED = (*LIMITS, "prompt")                  # from training
 
 
 # --------------------------------------------------------------------------------------------- one trajectory
