@@ -64,7 +64,7 @@ def test_a_qwen_chat_is_token_for_token_that_of_its_own_template(qwen):
         assert prompt == theirs.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=False)
 
 
-def test_a_qwen2_at_full_vocabulary_takes_the_whole_path(qwen, tmp_path, capsys):
+def test_a_qwen2_at_full_vocabulary_takes_the_whole_path(qwen, tmp_path):
     """Random weights, two layers, the real tokenizer: train, resume, evaluate, load as a stranger does."""
     folder, out = tmp_path / "qwen", tmp_path / "out"
     torch.manual_seed(0)
@@ -73,9 +73,12 @@ def test_a_qwen2_at_full_vocabulary_takes_the_whole_path(qwen, tmp_path, capsys)
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=4096)).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(qwen)
     tokenizer.save_pretrained(folder)
-    flags = ["--out", str(out), "--eval-tasks", "1", "--max-turns", "2", "--turn-tokens", "12", "--context-tokens",
+    words = tmp_path / "prompt.txt"
+    words.write_text("Write one ```python block per turn; call final_answer(x) at the end.")
+    flags = ["--prompt", str(words), "--out", str(out), "--eval-tasks", "1", "--max-turns", "2", "--turn-tokens", "12", "--context-tokens",
              "1024", "--groups", "2", "--group-size", "2", "--resample", "0"]
     assert train.main(["--model", str(folder), "--steps", "1", *flags]) == 0
+    words.unlink()                                                  # the run has kept its text
     assert train.main(["--resume", "--out", str(out), "--steps", "2"]) == 0
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2]
@@ -85,6 +88,9 @@ def test_a_qwen2_at_full_vocabulary_takes_the_whole_path(qwen, tmp_path, capsys)
     command = ["--ckpt", str(out), "--limit", "3", "--out", str(tmp_path / "evaluation")]
     assert eval_gaia.main(command) == 0
     assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["n"] == 3
+    [first, *_] = (tmp_path / "evaluation" / "trajectories.jsonl").read_text().splitlines()
+    read = tokenizer.decode(json.loads(first)["trajectory"]["ids"])
+    assert read.startswith("<|im_start|>system\nWrite one ```python block") and "lookup(name: str" in read
     stranger = peft.AutoPeftModelForCausalLM.from_pretrained(out).eval()
     ours = load_policy(str(folder), adapter=out)
     ids = torch.tensor([ours.tokenizer.encode("What is the area of Kavodu?")])
