@@ -5,6 +5,7 @@ reached the tests are skipped, and say so.
 """
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -14,12 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 
 import eval_gaia
 import train
+from executor import Executor
+from grpo import GRPOConfig, make_optimizer, update
 from machinery.cli import UserError
 from machinery.engine import Engine, refusal, sampling_mode
 from oracle import oracle
 from policy import load_policy
 from real_models import qwen_tokenizer, smollm2
-from rollout import FULL, Chat, build_prompt, sample_plainly, sample_tokens
+from rollout import FULL, Chat, Sampling, build_prompt, rollout, sample_plainly, sample_tokens
 from scripted import Scripted, Workload
 from tasks import BUILTIN_TOOLS, builtin_tasks
 
@@ -75,8 +78,8 @@ def test_a_qwen2_at_full_vocabulary_takes_the_whole_path(qwen, tmp_path):
     tokenizer.save_pretrained(folder)
     words = tmp_path / "prompt.txt"
     words.write_text("Write one ```python block per turn; call final_answer(x) at the end.")
-    flags = ["--prompt", str(words), "--out", str(out), "--eval-tasks", "1", "--max-turns", "2", "--turn-tokens", "12", "--context-tokens",
-             "1024", "--groups", "2", "--group-size", "2", "--resample", "0"]
+    flags = ["--prompt", str(words), "--out", str(out), "--eval-tasks", "1", "--max-turns", "2", "--turn-tokens", "12",
+             "--context-tokens", "1024", "--groups", "2", "--group-size", "2", "--resample", "0"]
     assert train.main(["--model", str(folder), "--steps", "1", *flags]) == 0
     words.unlink()                                                  # the run has kept its text
     assert train.main(["--resume", "--out", str(out), "--steps", "2"]) == 0
@@ -97,6 +100,14 @@ def test_a_qwen2_at_full_vocabulary_takes_the_whole_path(qwen, tmp_path):
     with torch.no_grad():
         assert torch.equal(stranger(ids).logits, ours.model(ids).logits)
     assert AutoTokenizer.from_pretrained(out).encode("ünï 12") == tokenizer.encode("ünï 12")
+    sampling = Sampling(max_turns=1, turn_tokens=12, context_tokens=1024)
+    with Executor() as executor:        # no answer is right by chance, so no step had a batch: an update by hand
+        [group] = rollout(ours, builtin_tasks("train", 1, 0), executor, BUILTIN_TOOLS, sampling, 2, 0)
+    batch = [(replace(t, stop_reason="answer"), a) for t, a in zip(group, (1.0, -1.0))]
+    stats = update(ours, make_optimizer(ours, 1e-3), batch, GRPOConfig())
+    assert stats.optimiser_steps == 1 and stats.grad_norm > 0 and stats.mismatch_mean < 1e-4
+    with torch.no_grad():
+        assert not torch.equal(stranger(ids).logits, ours.model(ids).logits)
 
 
 # --------------------------------------------------------------------------------------- the weights of SmolLM2
