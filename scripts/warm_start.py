@@ -136,7 +136,7 @@ def convert_gguf(file: Path, folder: Path):
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     with readable_errors(f"the model in {file}", "A GGUF file of Llama's or Qwen2's shape can be read"):
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         config = read.config.to_dict()
         del config["quantization_config"]           # the weights are plain now; with it transformers saves nothing
