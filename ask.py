@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_gaia import LIMITS, training_run
+from eval_gaia import INHERITED, training_run
 from executor import Executor
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.versions import warn_of_other_versions
@@ -120,7 +120,7 @@ def command(args) -> int:
     loaded = load_tools(args.tools or run["tools"])
     policy = load_policy(args.model or run["model"] or "tiny", run["quantize"] or "auto", args.ckpt)
     known = run["sampling"] or policy.preset.settings
-    sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=args.temperature)
+    sampling = Sampling(**{name: known[name] for name in INHERITED if name in known}, temperature=args.temperature)
     builtin = BUILTIN_TOOLS if policy.preset.prompt == "short" or not loaded else []      # as training has them
     tools = load_tools(None, beside=builtin + loaded)
     with Executor(args.sandbox) as executor:

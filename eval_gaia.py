@@ -41,7 +41,8 @@ from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prom
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke
 CHUNK = 64                                       # trajectories that are sampled, then written, together
-LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")       # inherited from training
+LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+INHERITED = (*LIMITS, "prompt")                  # from training
 
 
 # --------------------------------------------------------------------------------------------- one trajectory
@@ -327,7 +328,7 @@ def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
     policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt)
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
     known = run["sampling"] or policy.preset.settings       # the limits that training had, else the preset's
-    sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=temperature)
+    sampling = Sampling(**{name: known[name] for name in INHERITED if name in known}, temperature=temperature)
     web, log = open_web(args.cache), []
     offline = args.gaia_dir is None or policy.preset.prompt == "short"     # the tiny model knows no other tools
     builtin = BUILTIN_TOOLS if offline else load_tools("web", web)

@@ -30,7 +30,7 @@ from transformers import (                                      # noqa: E402
 
 from tools import UserError                                     # noqa: E402
 
-TINY_DIR = Path(__file__).resolve().parent / "tiny"             # the built-in model, made by tiny.py
+TINY_DIR = Path(__file__).resolve().parent / "tiny"             # built in; scripts/warm_start.py made it
 
 
 # --------------------------------------------------------------------------------------- what depends on size
@@ -46,11 +46,17 @@ TINY = Preset("short", {
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 512, "observation_tokens": 64, "groups": 12, "steps": 50,
     "lr": 1e-3, "schedule": "cosine", "minibatches": 3, "token_budget": 2048, "eval_every": 25, "eval_tasks": 52})
 
+SMALL = Preset("full", {        # measured on SmolLM2-135M after scripts/warm_start.py, two CPU cores
+    "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 6, "resample": 1,
+    "steps": 12, "lr": 3e-4, "warmup": 2, "beta": 0.0, "eval_every": 6, "eval_tasks": 8})
+
 
 def preset_for(parameters: int) -> Preset:
     """Below 50 million parameters that of the built-in model; among the others, smaller ones bear larger steps."""
     if parameters < 50e6:
         return TINY
+    if parameters < 300e6:
+        return SMALL
     return Preset("full", {"lr": 5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5})
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,6 +94,7 @@ class Sampling:
     observation_tokens: int = option(2000, "tokens per observation")
     slots: int | None = option(None, "trajectories decoded at once (default: by free memory)")
     deterministic: bool = option(False, "one thread, fixed order: bit-equal runs on the CPU")
+    prompt: str | None = option(None, "FILE: its text replaces the instructions of the full prompt")
     plain: bool = option(False, "as the method is defined: sample one trajectory at a time, update with padding; slow")
 
 
@@ -152,16 +154,31 @@ class Chat:
         return self.tokenizer.decode(turn[:-1] if turn[-1] == self.turn_end else turn)
 
 
-def build_prompt(chat: Chat, task, tools: list, style: str) -> list[int]:
-    """Token ids up to where the policy begins to write. style: "short" (for the tiny model) or "full"."""
+def read_prompt(file: str) -> str:
+    """The text that replaces FULL. UserError if the turn protocol could not work with it."""
+    try:
+        text = Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompt {file}: cannot be read: {error}") from error
+    missing = [word for word in ("```python", "final_answer") if word not in text]
+    if missing:
+        raise UserError(f"--prompt {file}: it must tell the model of {' and of '.join(missing)}; see rollout.py: FULL")
+    return text
+
+
+def build_prompt(chat: Chat, task, tools: list, style: str, system: str | None = None) -> list[int]:
+    """Token ids up to where the policy begins to write. style: "short" (for the tiny model) or "full". system: in place
+    of FULL; the tools are documented after it."""
     files = ", ".join(task.files)
     if style == "short":
+        if system is not None:
+            raise UserError("--prompt: the tiny model knows its own prompt alone")
         return chat.prompt(SHORT, task.question + (f"\nFiles: {files}" if files else ""))
     if style != "full":
         raise UserError(f"the prompt style is short or full, not {style!r}")
     documented = f"\nThe code may call these functions:\n{prompt_text(tools)}\n" if tools else ""
     attached = f"\n\nAttached files, in the working directory: {files}" if files else ""
-    return chat.prompt(FULL + documented, task.question + attached)
+    return chat.prompt((system or FULL) + documented, task.question + attached)
 
 
 @dataclass(eq=False)
@@ -334,7 +351,7 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     episodes, done = [], {}             # done: (group, index in the group) -> trajectory
     seen = Counter()                    # a task that comes twice gets another seed, or its groups would be equal
     for group, task in enumerate(tasks):
-        prompt = build_prompt(chat, task, tools, policy.preset.prompt)
+        prompt = build_prompt(chat, task, tools, policy.preset.prompt, sampling.prompt)
         for i in range(samples):
             episodes.append(
                 Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling, watch))

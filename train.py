@@ -38,7 +38,7 @@ from machinery.versions import warn_of_other_versions
 from machinery.web import Cache
 from policy import LORA_RANK, Policy, load_policy, model_config, parameter_counts, preset_for
 from reward import Judge, check_judge, compute_rewards
-from rollout import Sampling, Trajectory, rollout
+from rollout import Sampling, Trajectory, read_prompt, rollout
 from tasks import BUILTIN_TOOLS, HARD, Task, endless, every, read_jsonl, split_tasks
 from tools import load_tools, open_web, preflight_table
 
@@ -225,7 +225,7 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
     steps: int = option(200, "steps after which the run ends; a step trains on one batch", zero=True)
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
     seed: int = option(0, "seed of everything", zero=True)
-    probe: int = option(0, "sample this many tasks with the untrained model, print if a run pays, end", zero=True)
+    probe: int = option(0, "sample N tasks with the untrained model, say if a run is worth it, end", zero=True)
     quantize: str = option("auto", "of the base; auto: nf4 on a GPU from 1e9 parameters on", ("auto", "none", "nf4"))
     vram: float | None = option(None, "GiB of GPU memory: plans context, slots and token budget where not given")
     lr: float = option(1e-5, "learning rate")
@@ -283,6 +283,7 @@ def parse_args(argv=None) -> tuple[Config, set[str]]:
     if cfg.group_size == 1:
         raise UserError("--group-size 1: an advantage compares trajectories of one task, so it takes at least 2")
     check_judge(cfg.judge, cfg.judge_model)
+    cfg.prompt = cfg.prompt and read_prompt(cfg.prompt)         # run.json keeps the text: the file may change
     return cfg, set(given)
 
 

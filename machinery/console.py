@@ -4,6 +4,7 @@
 """
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -115,16 +116,20 @@ def out_of_time(run) -> bool:
 
 def show_trajectory(run, group):
     """Every show_every-th step: one whole trajectory, as a person reads it."""
-    if (run.step - 1) % run.cfg.show_every != 0:
-        return
-    task, trajectory = group.task, group.trajectories[0]
-    run.say(f"--- {task.id}: {task.question}")
+    if (run.step - 1) % run.cfg.show_every == 0:
+        run.say(as_text(group, 0))
+
+
+def as_text(group, i: int) -> str:
+    """Trajectory i of a group."""
+    task, trajectory = group.task, group.trajectories[i]
+    lines = [f"--- {task.id}: {task.question}"]
     for turn in trajectory.turns:
-        run.say(turn.text.strip())
+        lines.append(turn.text.strip())
         if turn.observation:
-            run.say(f"Observation: {turn.observation.strip()}")
-    run.say(f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop {trajectory.stop_reason}, "
-            f"reward {group.rewards[0].total}")
+            lines.append(f"Observation: {turn.observation.strip()}")
+    return "\n".join([*lines, f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop "
+                      f"{trajectory.stop_reason}, reward {group.rewards[i].total}"])
 
 
 def report(run):
@@ -149,7 +154,7 @@ def report(run):
 
 
 def show_probe(run, groups: Sequence):
-    """How often the untrained model is right, how many groups carry signal, and how long a run would take."""
+    """How often the untrained model is right, how long a run would take, why it fails, and what to try."""
     cfg, counts = run.cfg, [sum(r.answer == 1 for r in g.rewards) for g in groups]
     run.say(f"\n{cfg.probe} tasks x {cfg.group_size}: trajectories right of {cfg.group_size}, tasks")
     for right in range(cfg.group_size + 1):
@@ -164,8 +169,36 @@ def show_probe(run, groups: Sequence):
     hours["update"] *= run.rank_groups / run.rank_online        # the queue fills the rest of a batch
     run.say(f"a run of {cfg.steps} steps: " + ", ".join(f"{phase} {h:.2f} h" for phase, h in hours.items())
             + f", in all {sum(hours.values()):.2f} h, evaluations apart")
-    if signal < 0.2:
-        run.say("few groups carry signal: choose tasks that the model solves sometimes (see --difficulty)")
+    stops = Counter(t.stop_reason for t in trajectories)
+    turns = Counter(turn.status or "no code" for t in trajectories for turn in t.turns)
+    for what, counter in (("trajectories ended by", stops), ("turns", turns)):
+        run.say(f"{what}: " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
+    for right in (True, False):                                  # one of each, where there is one
+        found = [(g, i) for g in groups for i, r in enumerate(g.rewards) if (r.answer == 1) == right]
+        if found:
+            run.say(("\na right one:\n" if right else "\na wrong one:\n") + as_text(*found[0]))
+    for advice in advice_for(signal, sum(counts) / len(trajectories), stops, turns):
+        run.say(f"to try: {advice}")
+
+
+def advice_for(signal: float, right: float, stops: Counter, turns: Counter) -> list[str]:
+    """What may help an untrained model. signal: the share of groups that carry it. right: the share of trajectories.
+    stops: trajectories by stop reason. turns: by status of the executor, or "no code"."""
+    if signal >= 0.2:
+        return []
+    if right > 0.5:
+        return ["harder tasks (--difficulty, or your own --data): most answers are right already"]
+    stop = {name: n / stops.total() for name, n in stops.items()}
+    turn = {name: n / turns.total() for name, n in turns.items()}
+    rules = (
+        (turn.get("no code", 0) > 0.3, "other words (--prompt FILE): the model often writes no Python block"),
+        (turn.get("error", 0) > 0.3, "other words (--prompt FILE, with an example): the code often fails"),
+        (stop.get("turn_limit", 0) > 0.3, "more turns (--max-turns): many trajectories end without an answer"),
+        (stop.get("length", 0) > 0.3, "longer turns (--turn-tokens): many are stopped inside a turn"),
+        (stop.get("context_limit", 0) > 0.3, "more context (--context-tokens): many trajectories fill it"),
+        (True, "easier tasks (--difficulty 0, or your own --data) that the model solves sometimes"),
+        (True, "a warm start, for models up to 1.5B: python -m scripts.warm_start --base MODEL --out FOLDER"))
+    return [text for applies, text in rules if applies]
 
 
 # --------------------------------------------------------------------------------------------- early warnings

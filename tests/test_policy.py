@@ -221,8 +221,9 @@ def test_parameter_counts_are_the_models_own(tmp_path):
         assert sum(parameter_counts(model.config)) == matrices
 
 
-def test_small_models_get_the_tiny_preset(folder):
+def test_presets_by_size(folder):
     assert load_policy(str(folder)).preset.prompt == "short"
+    assert preset_for(135_000_000).settings["lr"] == 3e-4 and preset_for(490_000_000).settings == {"lr": 5e-5}
     assert preset_for(7_600_000_000).settings["lr"] == 1e-5 and preset_for(7_600_000_000).prompt == "full"
 
 

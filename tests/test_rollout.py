@@ -605,6 +605,10 @@ def test_prompts_say_what_there_is():
     assert "weigh" not in short
     with pytest.raises(UserError, match="short or full"):
         build_prompt(Chat(TOKENIZER), task, [], "long")
+    own = TOKENIZER.decode(build_prompt(Chat(TOKENIZER), task, [weigh], "full", "Be quick."))
+    assert "system\nBe quick." in own and "weigh(thing" in own and "You answer" not in own
+    with pytest.raises(UserError, match="tiny model"):
+        build_prompt(Chat(TOKENIZER), task, [], "short", "Be quick.")
 
 
 def test_a_template_that_forgets_gets_its_glue_all_the_same_and_one_that_rewrites_is_refused():

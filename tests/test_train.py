@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -435,7 +436,35 @@ def test_probe_prints_and_leaves_nothing(tmp_path, capsys):
     assert run("--probe", 4, "--out", tmp_path / "out", "--deterministic") == 0
     text = capsys.readouterr().out
     assert "groups with signal" in text and "in all" in text
+    assert re.search(r"trajectories ended by: .*answer \d+", text) and re.search(r"turns: ok \d+", text)
+    for which in ("right", "wrong"):            # two whole trajectories: the question, the code, the verdict
+        shown = text.partition(f"a {which} one:\n")[2]
+        assert re.match(r"--- train-\w+-\d+: .*\nThought: .*\n```python\n(.|\n)*?--- answer .*, expected", shown)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("signal, right, stops, turns, words", [
+    (0.5, 0.3, {"answer": 1}, {"ok": 1}, []),
+    (0.1, 0.9, {"answer": 1}, {"ok": 1}, ["harder tasks"]),
+    (0.0, 0.0, {"turn_limit": 9, "answer": 1}, {"no code": 50, "ok": 4},
+     ["no Python block", "--max-turns", "easier", "scripts.warm_start"]),
+    (0.0, 0.0, {"length": 5, "context_limit": 5}, {"error": 5, "ok": 5},
+     ["--prompt", "--turn-tokens", "--context-tokens", "easier", "scripts.warm_start"]),
+])
+def test_a_probe_says_what_to_try(signal, right, stops, turns, words):
+    found = console.advice_for(signal, right, Counter(stops), Counter(turns))
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found))
+
+
+def test_a_prompt_that_cannot_work_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("Use ```python blocks.")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe```python final_answer")
+    (tmp_path / "good.txt").write_text("Write ```python blocks and call final_answer(x).")
+    for name, words in (("short.txt", "final_answer"), ("bytes.txt", "cannot be read"), ("none.txt", "cannot be read"),
+                        ("good.txt", "its own prompt alone")):      # the tiny model takes no other prompt
+        assert run("--prompt", tmp_path / name, "--out", tmp_path / "out", "--probe", 1) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: --prompt") and words in error
 
 
 def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
@@ -458,12 +487,12 @@ def test_every_setting_has_an_effect():
 
 def test_a_setting_has_one_definition():
     """Sampling and GRPOConfig are sections of Config, not copies; presets name only what differs."""
-    from policy import TINY, preset_for
+    from policy import SMALL, TINY, preset_for
     sections = [section for section in Config.__mro__[1:] if section is not object]
     names = [name for section in sections for name in section.__annotations__]
     assert len(names) == len(set(names)) == len(fields(Config)) and len(sections) == 6
     assert {"Sampling", "GRPOConfig"} <= {section.__name__ for section in sections}
-    for preset in (TINY, preset_for(7_600_000_000)):
+    for preset in (TINY, SMALL, preset_for(7_600_000_000)):
         assert preset.settings.keys() <= set(names)
 
 

@@ -1,11 +1,14 @@
-"""Builds the built-in tiny model: half a million parameters. It writes valid code, and its answers are mostly wrong.
+"""The warm start: a model learns the format from demonstrations. It writes valid code, and mostly wrong answers.
 
-    python -m scripts.tiny --out tiny --seed 0        # this made ./tiny; about nine minutes on one core
+    python -m scripts.warm_start --base HuggingFaceTB/SmolLM2-135M-Instruct --out smol     # any small real model
+    python -m scripts.warm_start --out tiny --seed 0        # this made ./tiny; about nine minutes on one core
 
-Owns the recipe of ./tiny: its tokenizer, pretraining on copying, and supervised learning on demonstrations that are
-imperfect on purpose, so that reinforcement learning finds something to improve.
+Small real models (0.1B to 1.5B) need it: they never find a right answer by chance, and then outcomes teach nothing.
+Owns supervised learning on demonstrations that are imperfect on purpose, so that reinforcement learning finds something
+to improve, and the rest of the recipe of ./tiny: its tokenizer and its pretraining on copying.
 
-Reading order: DEMOS -> demonstrate -> build_tokenizer, build_model -> the two kinds of batches -> train.
+Reading order: DEMOS -> demonstrate -> real models: imitate, warm_start -> the tiny model: build_tokenizer, build_model
+-> the two kinds of batches -> train.
 
 * For every family, half of the demonstrations show one common mistake (another field, a forgotten conversion, a
   skipped turn), a third are right, and the rest show a rare mistake. The thought is the same in all of them: the
@@ -14,17 +17,21 @@ Reading order: DEMOS -> demonstrate -> build_tokenizer, build_model -> the two k
   and target unit): a model of this size cannot learn from outcomes alone which order is right.
 * Observations are real: the code of a demonstration runs, in this process. Tokens are put together turn by turn, as
   the rollout does it, and the loss is on the tokens of the policy only.
-* Every demonstration has new names: a model would learn a small set of names by heart. Copying is learned slowly, so
-  training begins with it, on random tokens.
+* Every demonstration has new names: a model would learn a small set of names by heart. The tiny model learns copying
+  slowly, so its training begins with it, on random tokens.
+* A real model keeps its weights; an adapter learns, with the full prompt, and is merged at the end, in fp32.
 """
 import sys
 
 if __package__ != "scripts":
-    print("error: start this from the repository's folder as: python -m scripts.tiny", file=sys.stderr)
+    print("error: start this from the repository's folder as: python -m scripts.warm_start", file=sys.stderr)
     sys.exit(2)
 
+import contextlib
 import io
+import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,16 +39,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from executor import CellResult
-from policy import TINY
-from rollout import Chat, build_prompt
-from tasks import BUILTIN_TOOLS, Task, make_question
+from grpo import GRPOConfig, micro_batches
 from machinery.cli import OneLineParser, UserError, exit_status
+from machinery.engine import attention
+from machinery.prefix_tree import shared_heads
+from policy import TINY, Policy, load_policy, readable_errors
+from rollout import Chat, Trajectory, build_prompt, read_prompt
+from tasks import BUILTIN_TOOLS, Task, make_question
 
-STYLE, OBSERVATION_TOKENS = TINY.prompt, TINY.settings["observation_tokens"]     # the model knows its own preset alone
+OBSERVATION_TOKENS = TINY.settings["observation_tokens"]
 VOCABULARY = 768
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -86,11 +99,13 @@ DEMOS = {
 }
 
 
-def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[list[int], list[int]]:
-    """Ids and mask (1 = the policy wrote it) of a demonstration on a new training task; way: 0 (right), 1 or 2."""
+def demonstrate(chat: Chat, family: str, rng: random.Random, way: int, style: str = TINY.prompt,
+                prompt: str | None = None) -> tuple[list[int], list[int]]:
+    """Ids and mask (1 = the policy wrote it) of a demonstration on a new training task; way: 0 (right), 1 or 2. style
+    and prompt: see rollout.build_prompt; the tiny model knows its own style alone."""
     question, answers = make_question(family, "train", rng), []
     task = Task("", question.text, str(question.answer), question.files)
-    ids = list(build_prompt(chat, task, BUILTIN_TOOLS, STYLE))
+    ids = list(build_prompt(chat, task, BUILTIN_TOOLS, style, prompt))
     mask = [0] * len(ids)
     slots = question.slots | {"guess": rng.randrange(100, 1000)}
     space = {tool.name: tool.function for tool in BUILTIN_TOOLS}
@@ -107,11 +122,109 @@ def demonstrate(chat: Chat, family: str, rng: random.Random, way: int) -> tuple[
             forced = chat.between(chat.observation(result.observation(), OBSERVATION_TOKENS), turn[-1])
             ids, mask = ids + forced, mask + [0] * len(forced)
     if (str(answers[0]) == task.answer) != (way == 0):      # a mistake that is right by chance: take another task
-        return demonstrate(chat, family, rng, way)
+        return demonstrate(chat, family, rng, way, style, prompt)
     return ids, mask
 
 
-# ---------------------------------------------------------------------------------------- tokenizer and model
+# ------------------------------------------------------------------------------------------------- real models
+def convert_gguf(file: Path, folder: Path):
+    """A model out of one GGUF file into a folder that transformers loads: safetensors in bf16, and the tokenizer."""
+    try:
+        import gguf  # noqa: F401  transformers reads the file with it
+    except ImportError:
+        raise UserError(f"{file}: a GGUF file needs one more package: pip install gguf") from None
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    with readable_errors(f"the model in {file}", "A GGUF file of Llama's or Qwen2's shape can be read"):
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        config = read.config.to_dict()
+        del config["quantization_config"]           # the weights are plain now; with it transformers saves nothing
+        model = type(read)(type(read.config)(**config)).to(torch.bfloat16)
+        model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def imitate(policy: Policy, chat: Chat, rng: random.Random, demonstrations: int, prompt: str | None) -> float:
+    """The gradients of one step: the mean of -log pi over the policy's tokens, returned. Forwarded as in an update."""
+    batch = []
+    for i in range(demonstrations):
+        family, way = rng.choice(list(DEMOS)), rng.choices(range(3), SHARES)[0]
+        ids, mask = demonstrate(chat, family, rng, way, policy.preset.prompt, prompt)
+        batch.append((Trajectory("", i, 0, ids, mask, [0.0] * len(ids), 0, [], None, "answer", 0.0), 0.0))
+    tokens, total = sum(sum(trajectory.mask) for trajectory, _ in batch), 0.0
+    shared = shared_heads(policy.model)
+    policy.model.eval()         # there is no dropout; without activation checkpointing, since batches are small
+    with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
+        for micro in micro_batches(batch, range(demonstrations), GRPOConfig.token_budget, policy.device, shared):
+            logp, _ = micro.logps(policy, 1.0)      # (B, T), 0 where the policy wrote nothing
+            loss = -logp.sum() / tokens
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+def keep(file: Path, policy: Policy, optimizer, settings: dict[str, str], step: int):
+    """All that a resumed warm start needs, in one file that is replaced whole."""
+    tensors = {}
+    for i, parameter in enumerate(policy.trainable()):
+        tensors[f"{i}.weight"] = parameter.detach()
+        tensors |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
+    save_file(tensors, f"{file}.new", settings | {"step": str(step)})
+    os.replace(f"{file}.new", file)
+
+
+def kept(file: Path, policy: Policy, optimizer, settings: dict[str, str]) -> int:
+    """The steps that are done: 0, or those of an interrupted warm start, whose state is taken over."""
+    if not file.exists():
+        return 0
+    with safe_open(file, "pt") as saved:
+        found = saved.metadata()
+        step = int(found.pop("step"))
+        if found != settings:
+            raise UserError(f"{file} is of a warm start with other settings, {found}: delete it, or name another --out")
+        for i, parameter in enumerate(policy.trainable()):
+            parameter.data.copy_(saved.get_tensor(f"{i}.weight"))
+            names = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {name: saved.get_tensor(f"{i}.{name}") for name in names}
+    return step
+
+
+def warm_start(base: str, args, steps: int):
+    """LoRA on `steps` batches of demonstrations, then merged. The same command goes on after an interruption. base: a
+    hub id or a folder. args: see main."""
+    seed, lr, out = args.seed, args.lr, args.out
+    policy = load_policy(base, "none", seed=seed, dtype=torch.float32)
+    prompt = args.prompt and read_prompt(args.prompt)
+    chat, progress = Chat(policy.tokenizer), Path(f"{out}.partial.safetensors")
+    settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=lr, weight_decay=0.0)
+    first = kept(progress, policy, optimizer, settings)
+    began = time.process_time()
+    with tqdm(total=steps, initial=first, desc="warm start", unit="step") as bar:
+        for step in range(first, steps):
+            rate = lr * min((step + 1) / 4, 4 * (steps - step) / steps, 1.0)    # the last quarter falls to 0
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            loss = imitate(policy, chat, random.Random(f"warm-{seed}-{step}"), args.batch, prompt)
+            torch.nn.utils.clip_grad_norm_(policy.trainable(), 1.0)
+            optimizer.step()
+            spent = time.process_time() - began
+            if step == first:
+                bar.write(f"estimate for {steps - first} steps: {spent * (steps - first) / 60:.1f} CPU-minutes")
+            if step % 4 == 3:
+                keep(progress, policy, optimizer, settings, step + 1)
+                bar.write(f"step {step + 1}/{steps} loss {loss:.3f} {spent:.0f} CPU-s")
+            bar.update(1)
+    merged = policy.model.eval().merge_and_unload()     # in fp32: the adapter of the training to come begins at 0
+    merged.save_pretrained(out)
+    policy.tokenizer.save_pretrained(out)
+    progress.unlink(missing_ok=True)
+    print(f"{out}: train it with: python train.py --model {out}")
+
+
+# ---------------------------------------------------------------------------- the tiny model and its tokenizer
 def byte_pairs(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `size` tokens with single digits, ChatML special tokens and template."""
     tokenizer = Tokenizer(models.BPE())
@@ -190,23 +303,41 @@ def train(model, batches, name: str, steps: int, lr: float, enough: float = 0.0,
             return
 
 
+def build_tiny(out: Path, seed: int, steps: int, copy_steps: int):
+    """The built-in model, from random weights."""
+    torch.set_num_threads(1)        # the fastest for a model of this size
+    tokenizer, model = build_tokenizer(seed), build_model(seed)
+    chat, rng = Chat(tokenizer), random.Random(f"tiny-{seed}")
+    train(model, copy_batches(rng), "copying", copy_steps, 3e-3, enough=0.25)
+    train(model, demonstration_batches(chat, rng), "demonstrations", steps, 2.5e-3, decay=0.5)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
 def main() -> None:
-    parser = OneLineParser(prog="-m scripts.tiny", description="Rebuild the built-in model.", allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("tiny"), help="a new folder")
+    parser = OneLineParser(prog="-m scripts.warm_start", description="Teach a model the format by demonstrations.",
+                           allow_abbrev=False)
+    parser.add_argument("--base", help="hub id, folder or FILE.gguf; default: the built-in model, from random weights")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--copy-steps", type=int, default=1500, help="at most; copying ends once it is learned")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps on demonstrations")
+    parser.add_argument("--steps", type=int, help="optimiser steps on demonstrations (default: 24; built-in: 2000)")
+    parser.add_argument("--batch", type=int, default=16, help="with --base: demonstrations per step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="with --base: learning rate of the adapter")
+    parser.add_argument("--prompt", help="with --base: FILE with the system text, as for train.py")
+    parser.add_argument("--copy-steps", type=int, default=1500, help="built-in: at most; ends once copying is learned")
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already: name another folder, or move it away first")
-    torch.set_num_threads(1)        # the fastest for a model of this size
-    tokenizer, model = build_tokenizer(args.seed), build_model(args.seed)
-    chat, rng = Chat(tokenizer), random.Random(f"tiny-{args.seed}")
-    train(model, copy_batches(rng), "copying", args.copy_steps, 3e-3, enough=0.25)
-    train(model, demonstration_batches(chat, rng), "demonstrations", args.steps, 2.5e-3, decay=0.5)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    if args.base is None:
+        build_tiny(args.out, args.seed, args.steps or 2000, args.copy_steps)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        base = args.base
+        if base.endswith(".gguf"):
+            base = folder
+            convert_gguf(Path(args.base), Path(folder))
+        warm_start(base, args, args.steps or 24)
 
 
 if __name__ == "__main__":
