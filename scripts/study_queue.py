@@ -53,7 +53,7 @@ from machinery.cli import OneLineParser, exit_status
 from machinery.statistics import paired_bootstrap
 from policy import TINY_DIR
 from rollout import Chat
-from scripts import tiny
+from scripts import warm_start
 from tasks import every
 
 SEEDS, BUDGET, INTERVAL, CALL_SECONDS = range(3, 9), 1152, 96, 0.5
@@ -85,10 +85,10 @@ def cold_model(folder: Path) -> Path:
     if not (folder / "config.json").exists():
         torch.set_num_threads(1)
         tokenizer, model = AutoTokenizer.from_pretrained(TINY_DIR), AutoModelForCausalLM.from_pretrained(TINY_DIR)
-        wrong = 1 - tiny.SHARES[0]
-        shares = (0.03, *(0.97 * share / wrong for share in tiny.SHARES[1:]))
-        batches = tiny.demonstration_batches(Chat(tokenizer), random.Random("cold"), shares)
-        tiny.train(model, batches, "cold model", 200, 1e-3, decay=0.5)
+        wrong = 1 - warm_start.SHARES[0]
+        shares = (0.03, *(0.97 * share / wrong for share in warm_start.SHARES[1:]))
+        batches = warm_start.demonstration_batches(Chat(tokenizer), random.Random("cold"), shares)
+        warm_start.train(model, batches, "cold model", 200, 1e-3, decay=0.5)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
     return folder
