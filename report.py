@@ -26,7 +26,7 @@ from pathlib import Path
 
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.statistics import wilson
-from tasks import HARD
+from tasks import HARD, HIDDEN
 
 TEMPLATE = Path(__file__).parent / "machinery" / "report.html"
 BUDGET = 6_000_000                  # characters of texts and tokens in a page; the rest of the page comes on top
@@ -45,7 +45,7 @@ def write(out: Path) -> Path:
     else:
         raise UserError(f"{out}: no run.json of train.py and no settings.json of eval_gaia.py in this folder")
     page, part = out / "report.html", out / "report.html.partial"
-    part.write_text(html(data | {"folder": str(out), "written": time.strftime("%Y-%m-%d %H:%M")}), encoding="ascii")
+    part.write_text(html(data | {"folder": str(out), "written": time.strftime("%Y-%m-%d %H:%M")}), encoding="utf-8")
     os.replace(part, page)
     return page
 
@@ -57,8 +57,7 @@ def html(data: dict) -> str:
         content = template.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         template = template.replace(f"{{{{hash of the {tag}}}}}", f"'sha256-{digest}'")
-    ascii_only = template.encode("ascii", "xmlcharrefreplace").decode()
-    return ascii_only.replace("{{data}}", escaped(data))
+    return template.replace("{{data}}", escaped(data))
 
 
 def escaped(data) -> str:
@@ -128,9 +127,11 @@ def evaluation(out: Path) -> dict:
     for offset, line in lines(out / "trajectories.jsonl"):
         group = groups.setdefault(line["task_id"], group_of(
             line, 0, line["gold"], level=line["level"], attachment=line["attachment"]))
+        outcome = "right" if line["official"] else "wrong"
         row = row_of(line["trajectory"]) | {
-            "outcome": "right" if line["official"] else "wrong", "answer": cut(line["answer"]),
-            "category": line["category"], "heuristic": line["heuristic"], "llm": line["llm"]}
+            "outcome": "unjudged" if line["gold"] == HIDDEN else outcome, "sample": line["sample"],
+            "answer": cut(line["answer"]), "category": line["category"], "heuristic": line["heuristic"],
+            "llm": line["llm"]}
         group["rows"].append(row)
         places.append((offset, row, group))
     file = out / "trajectories.jsonl"
