@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -208,33 +209,35 @@ def fill(texts: Path, places: list[tuple], tokens: Path, kept: list[tuple], trun
         _, row, group = place
         told = ("mark" in row, group["step"] in (1, last), group["step"] % 10 == 0, True)
         return told.index(True), row["sample"], group["step"]
+    uses: dict[int, list[int]] = defaultdict(list)       # of each row the offsets of its lines in `tokens`
+    for offset, row, _ in kept:
+        uses[id(row)].append(offset)
     used, records, vocabulary = 0, [], {}
-    for row, line in rows_at(texts, sorted(places, key=importance)):
+    for offset, row, _ in sorted(places, key=importance):
+        line = line_at(texts, offset)
         turns = [{"text": cut(turn["text"]), "observation": cut(turn["observation"]), "status": cut(turn["status"]),
                   "seconds": rounded(turn["seconds"])} for turn in line.get("trajectory", line)["steps"]]
         size = len(json.dumps(turns))
         if used + size <= BUDGET:
             used, row["turns"] = used + size, turns
-    for row, line in rows_at(tokens, sorted(kept, key=importance)):
-        record = token_columns(line | line.get("trajectory", {}), truncation)
-        size = len(json.dumps(record))
-        if used + size <= BUDGET:
-            used += size
-            row["tokens"].append(len(records))
-            records.append(record)
-            vocabulary |= dict(zip(record["ids"], line.get("texts", [])))
+        for where in uses[id(row)]:
+            line = line_at(tokens, where)
+            record = token_columns(line | line.get("trajectory", {}), truncation)
+            size = len(json.dumps(record))
+            if used + size <= BUDGET:
+                used += size
+                row["tokens"].append(len(records))
+                records.append(record)
+                vocabulary |= dict(zip(record["ids"], line.get("texts", [])))
     return {"tokens": records, "vocabulary": vocabulary, "not_shown": {
         "trajectories": len(places), "texts": sum(row["turns"] is not None for _, row, _ in places),
         "tokens": sum(bool(row["tokens"]) for _, row, _ in places)}}
 
 
-def rows_at(file: Path, places: list[tuple]) -> Iterator[tuple[dict, dict]]:
-    """(row, line of the file) of each place."""
-    if places:
-        with file.open("rb") as opened:
-            for offset, row, _ in places:
-                opened.seek(offset)
-                yield row, parsed(opened.readline())
+def line_at(file: Path, offset: int) -> dict:
+    with file.open("rb") as opened:
+        opened.seek(offset)
+        return parsed(opened.readline())
 
 
 def token_columns(line: dict, truncation: float) -> dict:
