@@ -153,7 +153,7 @@ def row_of(trajectory: dict) -> dict:
     code = "\n".join(step["code"] or "" for step in trajectory["steps"])
     called = set(CALL.findall(code)) - set(DEFINED.findall(code)) - set(dir(builtins))
     return {"sample": trajectory["sample"], "answer": cut(trajectory["answer"]), "stop": cut(trajectory["stop_reason"]),
-            "error": cut(trajectory["error"]), "tool": sorted(called)[:20], "turns": None, "tokens": []}
+            "error": cut(trajectory.get("error", "")), "tool": sorted(called)[:20], "turns": None, "tokens": []}
 
 
 def mark_best_and_worst(groups: Iterable[dict]):
@@ -182,12 +182,12 @@ def families(metrics: list[dict], hard: Iterable[str]) -> list[dict]:
 
     def figures(label: str, members: list[str]) -> dict:
         old, new = [before[f] for f in members if f in before], [after[f] for f in members]
-        return {"family": cut(label), "hard": set(members) <= set(hard), "n": sum(family["n"] for family in new),
+        return {"family": cut(label), "hard": members[0] in hard, "n": sum(family["n"] for family in new),
                 **{name: [shares(old, name), shares(new, name)] for name in ("greedy", "sampled", "pass@8")}}
-    together = {"all core families": [name for name in after if name not in hard],
-                "all hard families": [name for name in after if name in hard]}
-    alone = {name or "(no family)": [name] for name in after}
-    return [figures(label, members) for label, members in {**together, **alone}.items() if members]
+    parts = {f"all {'core ' if hard else ''}families": [name for name in after if name not in hard],
+             "all hard families": [name for name in after if name in hard]}
+    together = [figures(label, members) | {"together": True} for label, members in parts.items() if members]
+    return together + [figures(name or "(no family)", [name]) for name in after]
 
 
 def compared(config: dict, defaults: dict) -> list[list]:

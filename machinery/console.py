@@ -79,7 +79,7 @@ def show_step(run):
     m = run.pending
     if run.step:
         run.say(STEP_LINE.format(**{k: float("nan") if v is None else v for k, v in m.items()}))
-        for warning in m["warnings"]:
+        for warning in m.get("warnings", []):         # a checkpoint of an older version has none
             run.say(f"  warning: {warning}")
     if "heldout_greedy" in m:
         hard = "" if m["heldout_hard"] is None else f", hard {m['heldout_hard']:.3f}"

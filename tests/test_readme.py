@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "MEASUREMENTS.md", "CONTRIBUTING.md")}
 README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
 MADE = {"metrics.jsonl", "trajectories.jsonl", "tokens.jsonl", "run.json", "results.json", "settings.json",
-        "submission.jsonl", "adapter_model.safetensors", "adapter_config.json", "train.jsonl", "my_tools.py"}     # by a run, or by you
+        "submission.jsonl", "adapter_model.safetensors", "adapter_config.json",     # by a run
+        "train.jsonl", "my_tools.py"}                                               # by you
 
 
 def tree(file: str) -> ast.Module:
@@ -156,7 +157,8 @@ def test_the_glossary_has_every_key_of_a_real_run(tmp_path):
                        "--temperature", "1.3", "--deterministic"]) == 0
     assert eval_gaia.main(["--ckpt", str(out), "--limit", "2", "--samples", "2", "--out", str(evaluation)]) == 0
     written = []
-    for file in (out / "metrics.jsonl", out / "trajectories.jsonl", out / "tokens.jsonl", evaluation / "trajectories.jsonl"):
+    logs = [out / name for name in ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl")]
+    for file in (*logs, evaluation / "trajectories.jsonl"):
         written += [json.loads(line) for line in file.read_text().splitlines()]
     written += [json.loads((evaluation / name).read_text()) for name in ("results.json", "settings.json")]
     run = json.loads((out / "run.json").read_text())

@@ -392,6 +392,20 @@ def test_a_replayed_trajectory_is_shown_at_each_of_its_updates(finished, opened)
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("metrics", [0, 1])
+def test_the_page_of_a_run_that_has_just_begun(copy, opened, metrics):
+    (copy / "trajectories.jsonl").unlink()
+    (copy / "tokens.jsonl").unlink()
+    rows = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("".join(row + "\n" for row in rows[:metrics]))
+    page = opened(report.write(copy))
+    assert "Settings" in text_of(page, "main") and page.locator("figure").count() == metrics
+    for fragment in ("groups", "trajectory", "group-7", "trajectory-3-9", "nonsense-x"):
+        show(page, fragment)
+        assert text_of(page, "main")
+
+
+@pytest.mark.browser
 def test_search_and_filters(finished, opened):
     page, sampled = opened(finished / "report.html", "groups"), lines(finished / "trajectories.jsonl")
 
