@@ -148,7 +148,8 @@ def report(run):
     run.say(f"{run.step} steps, {run.online} trajectories sampled, {run.elapsed() / 60:.1f} minutes of wall time, "
             f"{cpu_seconds(run):.0f} CPU-seconds of the trainer, the sandbox apart")
     run.say(f"adapter {run.out}/  best {run.out}/best/  metrics {run.out}/metrics.jsonl  "
-            f"trajectories {run.out}/trajectories.jsonl\nlook at it: {run.out}/report.html  evaluate it: python eval_gaia.py --ckpt {run.out}")
+            f"trajectories {run.out}/trajectories.jsonl\n"
+            f"look at it: {run.out}/report.html  evaluate it: python eval_gaia.py --ckpt {run.out}")
 
 
 def show_probe(run, groups: Sequence):
