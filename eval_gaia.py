@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 from executor import Executor
 from policy import Policy, load_policy
+from report import write as write_report
 from reward import Judge, check_judge, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
 from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, read_gaia
 from machinery.cli import OneLineParser, UserError, claim_folder, exit_status
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
-from machinery.text import clean
+from machinery.text import clean, token_texts
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
 from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text
@@ -138,9 +139,12 @@ def sample_each(evaluation: Evaluation, executor: Executor, tasks: list[Task], s
     groups = rollout(evaluation.policy, tasks, executor, evaluation.tools, evaluation.sampling, 1,
                      evaluation.args.seed + sample, progress=bar)
 
+    texts = token_texts(evaluation.policy.tokenizer, {i for group in groups for i in group[0].ids})
+
     def record(task: Task, group: list[Trajectory]) -> dict:
         calls = [call for call in evaluation.log if call.question == task.question]
-        return record_of(task, replace(group[0], sample=sample), calls, evaluation.judge)
+        found = record_of(task, replace(group[0], sample=sample), calls, evaluation.judge)
+        return found | {"texts": [texts[i] for i in group[0].ids]}
     with ThreadPoolExecutor(8) as pool:         # a judge at a URL gets several questions at a time
         return list(pool.map(record, tasks, groups))
 
@@ -377,7 +381,7 @@ def finish(evaluation: Evaluation, records: list[dict]) -> None:
         (args.out / "submission.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if any(r["gold"] == HIDDEN for r in records):
         print(f"the answers are hidden, so nothing is scored; --export writes {args.out}/submission.jsonl")
-        return
+        return                                   # and no page, which would call every answer wrong
     result = {**summary(records, args.samples), "data": "gaia" if args.gaia_dir else "offline",
               "cache": web.cache.digest(), "cache_counts": web.cache.counts,
               "benchmark_pages_dropped": web.counts["benchmark"]}
@@ -386,7 +390,7 @@ def finish(evaluation: Evaluation, records: list[dict]) -> None:
     sizes = {level: s["n"] for level, s in result["levels"].items()}
     if args.gaia_dir and sizes != OFFICIAL:
         print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
-    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
+    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl, {write_report(args.out)}")
 
 
 def command(args) -> None:

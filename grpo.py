@@ -247,6 +247,7 @@ class MicroBatch:
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
     now: torch.Tensor | None = None     # l in the last optimiser step, before it
+    entropy: torch.Tensor | None = None # of the same forward pass
 
     def logps(self, policy: Policy, temperature: float):
         """(log-probs, entropies), both (B, T)."""
@@ -340,7 +341,7 @@ def accumulate(
     sums, not_finite = Counter(), []
     for micro in minibatch:
         logp, entropy = micro.logps(policy, temperature)     # (B, T), (B, T)
-        micro.now = logp.detach()
+        micro.now, micro.entropy = logp.detach(), entropy.detach()
         if cfg.one_step:
             micro.old = micro.now                       # l_old is this very forward pass
         lengths = micro.mask.sum(1, keepdim=True).float()                                   # (B, 1)

@@ -26,10 +26,11 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
+import report
 from executor import Executor
 from grpo import Group, GRPOConfig, group_advantages, make_optimizer, update as grpo_update
 from machinery import console, ranks
-from machinery.checkpoint import append, begin, keep_best, log_trajectories, restore, resumed, save
+from machinery.checkpoint import append, begin, keep_best, log_trajectories, restore, resumed, rows_to_keep, save
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.memory import apply_plan
 from machinery.ranks import everyone
@@ -62,7 +63,7 @@ def train(run: Run):
         stats = update(run, fresh, replayed)
         run.pending = console.step_metrics(run, groups, fresh, replayed, stats)
         console.show_trajectory(run, groups[0])
-        log_trajectories(run, groups)
+        log_trajectories(run, groups, fresh, replayed, stats)
         save(run)
         finish_step(run)
 
@@ -117,10 +118,8 @@ def update(run: Run, fresh: list[Group], replayed: list[Entry]):
     is_fresh = [group.step == run.step for group in fresh + old for _ in group.batch()]
     with run.bar(len(batch) * cfg.epochs, f"step {run.step}: update") as bar:
         stats = grpo_update(run.policy, run.optimizer, batch, cfg, cfg.temperature, cfg.max_turns * cfg.turn_tokens,
-                            is_fresh, run.step, bar, cfg.plain)
+                            is_fresh, run.step, bar, cfg.plain, rows_to_keep(run, fresh, batch))
     cfg.token_budget = stats.token_budget                        # lower after an out-of-memory
-    for note in stats.notes:
-        tqdm.write(f"  step {run.step}, process {run.rank}: {note}")
     shares = iter(stats.off_policy_each[sum(is_fresh):])         # of the replayed trajectories, group by group
     for entry in replayed:
         run.queue.report_off_policy(entry, fmean(next(shares) for _ in entry.group.batch()))
@@ -153,13 +152,13 @@ def finish_step(run: Run):
         run.pending |= evaluate(run, full)
         if run.step == 0:
             run.before = run.pending
-            console.estimate(run)
         keep_best(run)
     run.pending["seconds_total"] = round(run.elapsed(), 2)
     run.history.append(run.pending)
     if run.main:
         append(run, "metrics.jsonl", [run.pending])
     console.show_step(run)
+    report.refresh(run)
     run.pending = None
 
 
@@ -313,6 +312,7 @@ class Run:
     online: int = 0                                  # trajectories sampled for training so far, over all ranks
     seconds: float = 0.0                             # wall time of earlier processes of this run
     cpu_seconds: float = 0.0
+    report_seconds: float = 0.0                      # spent on the page so far
     best: float = -1.0
     before: dict | None = None                       # the evaluation before any update
     pending: dict | None = None                      # metrics of `step`, not logged yet

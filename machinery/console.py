@@ -60,7 +60,10 @@ def step_metrics(run, groups: Sequence, fresh: Sequence, replayed: Sequence, sta
     metrics = {key: mean(m[key] for m in each) for key in mine}
     metrics |= {"step": run.step, "online_trajectories": run.online}
     metrics |= {f"seconds_{phase}": run.clock[phase] for phase in ("sampling", "tools", "judging", "update")}
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    drawn = [{"task": e.group.task.id, "step": e.step, "seed": e.group.trajectories[0].seed} for e in replayed]
+    metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    metrics["replayed_groups"] = sum(everyone(drawn), [])
+    return metrics | {"warnings": sum(everyone(stats.notes), []) + warnings_for([*run.history, metrics])}
 
 
 # --------------------------------------------------------------------------------------------------- what is printed
@@ -77,13 +80,13 @@ def show_step(run):
     m = run.pending
     if run.step:
         run.say(STEP_LINE.format(**{k: float("nan") if v is None else v for k, v in m.items()}))
-        for warning in warnings_for(run.history):
+        for warning in m.get("warnings", []):         # a checkpoint of an older version has none
             run.say(f"  warning: {warning}")
     if "heldout_greedy" in m:
         hard = "" if m["heldout_hard"] is None else f", hard {m['heldout_hard']:.3f}"
         run.say(f"  held-out ({m['heldout_n']} tasks): greedy {m['heldout_greedy']:.3f} "
                 f"sampled {m['heldout_sampled']:.3f}{hard}  [{m['evaluation_seconds']:.0f} s]")
-    if run.step == 2:
+    if run.step in (0, 2):
         estimate(run)
 
 
@@ -150,7 +153,8 @@ def report(run):
     run.say(f"{run.step} steps, {run.online} trajectories sampled, {run.elapsed() / 60:.1f} minutes of wall time, "
             f"{cpu_seconds(run):.0f} CPU-seconds of the trainer, the sandbox apart")
     run.say(f"adapter {run.out}/  best {run.out}/best/  metrics {run.out}/metrics.jsonl  "
-            f"trajectories {run.out}/trajectories.jsonl\nevaluate it: python eval_gaia.py --ckpt {run.out}")
+            f"trajectories {run.out}/trajectories.jsonl\n"
+            f"look at it: {run.out}/report.html  evaluate it: python eval_gaia.py --ckpt {run.out}")
 
 
 def show_probe(run, groups: Sequence):

@@ -37,6 +37,12 @@ def clean(text: str) -> str:
     return text[1:-1].strip() if text[:1] + text[-1:] in ("[]", "()", "{}") else text
 
 
+def token_texts(tokenizer, ids) -> dict[int, str]:
+    """id -> the text of that token, to be shown. A part of a character has none: then its name in the vocabulary."""
+    texts = {i: tokenizer.decode([i]) for i in set(ids)}
+    return {i: tokenizer.convert_ids_to_tokens(i) if "\ufffd" in text else text for i, text in texts.items()}
+
+
 def ngrams(text: str) -> set[tuple]:
     """The sequences of 8 words of a text, without case and punctuation."""
     words = re.findall(r"\w+", text.lower())

@@ -111,7 +111,7 @@ def test_no_pickle_anywhere(finished):
 
 # ------------------------------------------------------------------------------------------------ resume (trap 10)
 def same_run(one: Path, two: Path):
-    for name in ("metrics.jsonl", "trajectories.jsonl"):
+    for name in ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl"):
         assert untimed(lines(one / name)) == untimed(lines(two / name)), name
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "queue-0.safetensors"):
         a, b = (load_file(checkpoint.latest_state(out) / name) for out in (one, two))
