@@ -14,6 +14,12 @@ and in deterministic mode it equals the run without interruption. Departures fro
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported: an end without a traceback
+
+import contextlib
 import json
 import math
 import random
@@ -29,8 +35,9 @@ from tqdm import tqdm
 from executor import Executor
 from grpo import Group, GRPOConfig, group_advantages, make_optimizer, update as grpo_update
 from machinery import console, ranks
-from machinery.checkpoint import append, begin, keep_best, log_trajectories, restore, resumed, save
+from machinery.checkpoint import begin, keep_best, log_trajectories, restore, resumed, save, way_on
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
+from machinery.folder import alone_in, append
 from machinery.memory import apply_plan
 from machinery.ranks import everyone
 from machinery.sample_queue import Entry, SampleQueue
@@ -159,7 +166,7 @@ def finish_step(run: Run):
     run.pending["seconds_total"] = round(run.elapsed(), 2)
     run.history.append(run.pending)
     if run.main:
-        append(run, "metrics.jsonl", [run.pending])
+        append(run.out / "metrics.jsonl", [run.pending], way_on(run))
     console.show_step(run)
     run.pending = None
 
@@ -381,7 +388,9 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         torch.set_num_threads(1)                              # the tiny model's fastest; leaves the sandbox a core
     builtin = BUILTIN_TOOLS if tiny or not cfg.data else []   # the tiny model knows these tools
     tools = load_tools(None, beside=builtin + loaded)         # no two of one name
-    verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
+    verdicts = None                                           # those of an LLM outlive a resume
+    if cfg.judge != "heuristic":
+        verdicts = Cache(f"{Path(cfg.out)}.judge.sqlite", "record")
     run = Run(
         cfg, policy, make_optimizer(policy, cfg.lr), executor,
         Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts), tools, tasks, heldout,
@@ -415,10 +424,12 @@ def probe(run: Run):
 def command(argv=None):
     """The whole command line. UserError for bad input, and for an out-of-memory that the update could not mend."""
     cfg, given = parse_args(argv)
+    run = None
     try:
         ranks.join()
         warn_of_other_versions()
-        with Executor(cfg.sandbox) as executor:
+        alone = contextlib.nullcontext() if cfg.probe or ranks.world()[0] else alone_in(Path(cfg.out))
+        with alone, Executor(cfg.sandbox) as executor:
             run = start(cfg, given, executor)
             run.say("configuration: " + json.dumps(asdict(run.cfg)))
             run.say(f"model {run.policy.name} on {run.policy.device}, {run.policy.model.dtype}, sandbox "
@@ -429,11 +440,10 @@ def command(argv=None):
                 train(run)
                 console.report(run)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}); the last checkpoint is whole: python "
-                        f"train.py --resume --out {cfg.out} with fewer --slots, a smaller --token-budget, or --vram "
-                        "GIB, which plans both") from error
+        raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}). {way_on(run)}, with fewer --slots, a "
+                        "smaller --token-budget, or --vram GIB, which plans both") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"nothing is lost: python train.py --resume --out {cfg.out}") from None
+        raise KeyboardInterrupt(way_on(run)) from None
 
 
 def main(argv=None) -> int:
