@@ -14,6 +14,7 @@ import re
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -319,10 +320,10 @@ def sample_all(model, chat: Chat, episodes: list, sampling: Sampling):
 
 
 def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int,
-            progress=None) -> list[list[Trajectory]]:
+            on_end: Callable | None = None) -> list[list[Trajectory]]:
     """Sample `samples` trajectories per task, one list per task, with the policy as it is now (the reference, inside
-    `policy.reference()`). progress: a tqdm bar, advanced once per trajectory. Raises UserError for a chat template,
-    a prompt style or a context that cannot be used. What fails in one trajectory ends that one alone ("error")."""
+    `policy.reference()`). on_end: called with each trajectory as it ends. Raises UserError for a chat template, a
+    prompt style or a context that cannot be used. What fails in one trajectory ends that one alone ("error")."""
     model, context = policy.model, sampling.context_tokens
     if context > (positions := model.config.max_position_embeddings):
         raise UserError(f"--context-tokens {context}: the model has positions for {positions} tokens")
@@ -337,7 +338,7 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     with (sampling_mode(model, sampling.deterministic),                         # eval mode, no gradients
           closing(sample_all(model, chat, episodes, sampling)) as ended):       # Ctrl-C closes the sessions, too
         for episode, *columns in ended:
-            done[episode.group, episode.sample] = episode.trajectory(*columns)
-            if progress is not None:
-                progress.update(1)
+            done[episode.group, episode.sample] = trajectory = episode.trajectory(*columns)
+            if on_end is not None:
+                on_end(trajectory)
     return [[done[group, i] for i in range(samples)] for group in range(len(tasks))]

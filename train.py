@@ -14,10 +14,8 @@ and in deterministic mode it equals the run without interruption. Departures fro
 """
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported: an end without a traceback
+from machinery.cli import quiet_imports
+quiet_imports(__name__)
 
 import contextlib
 import json
@@ -79,7 +77,8 @@ def sample(run: Run, n: int, again: int = 0) -> list[Group]:
     cfg, tasks = run.cfg, run.next_tasks(n)
     seed = random.Random(f"rollout-{cfg.seed}-{run.step}-{again}").getrandbits(62)
     with run.bar(n * cfg.group_size, f"step {run.step}: sampling") as bar:
-        sampled = rollout(run.policy, tasks, run.executor, run.tools, cfg, cfg.group_size, seed, bar)
+        sampled = rollout(run.policy, tasks, run.executor, run.tools, cfg, cfg.group_size, seed,
+                          lambda _: bar.update())
     run.online += n * cfg.group_size * run.size
     run.clock.lap("sampling")
     for trajectory in [t for group in sampled for t in group]:
@@ -177,7 +176,7 @@ def solve(run: Run, tasks: list[Task], name: str, temperature: float, samples: i
     mine, right = tasks[run.rank::run.size], {}
     with run.bar(len(mine) * samples, f"held-out {name}") as bar:
         groups = rollout(run.policy, mine, run.executor, run.tools, replace(run.cfg, temperature=temperature), samples,
-                         seed=1, progress=bar)
+                         seed=1, on_end=lambda _: bar.update())
     for task, rewards in zip(mine, compute_rewards(mine, groups, run.judge)):
         right[task.id] = float(any(r.answer == 1 for r in rewards))
     return {task_id: value for part in everyone(right) for task_id, value in part.items()}
@@ -196,32 +195,8 @@ def evaluate(run: Run, full: bool) -> dict:
     if full:
         right["pass@8"] = solve(run, eighth, "pass@8", 1.0, 8)
 
-    def accuracy(name: str, chosen: list[Task]) -> float | None:
-        value = console.mean(right[name].get(task.id) for task in chosen)
-        return None if value is None else round(value, 4)
-    families = {}
-    for family in dict.fromkeys(task.family for task in tasks):
-        members = [task.id for task in tasks if task.family == family]
-        families[family] = {"n": len(members)}
-        for name, found in right.items():
-            families[family][name] = console.mean(found.get(task_id) for task_id in members)
-    core = [task for task in tasks if task.family not in run.hard]
-    hard = [task for task in tasks if task.family in run.hard]
-    quick_core = [task for task in quick if task.family not in run.hard]
-    found = {
-        "heldout_greedy": accuracy("greedy", core),
-        "heldout_sampled": accuracy("sampled", core),
-        "heldout_hard": accuracy("greedy", hard),
-        "heldout_hard_sampled": accuracy("sampled", hard),
-        "heldout_n": len(core),
-        "heldout_families": families,
-        "heldout_quick": accuracy("greedy", quick_core) + accuracy("sampled", quick_core),
-    }
-    if full:
-        found["heldout_pass8"] = accuracy("pass@8", core)
-        found["heldout_hard_pass8"] = accuracy("pass@8", hard)
-    found["evaluation_seconds"] = round(time.perf_counter() - start, 2)
-    return found
+    seconds = round(time.perf_counter() - start, 2)
+    return console.heldout_metrics(run, tasks, quick, right) | {"evaluation_seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------------- configuration

@@ -67,7 +67,7 @@ def cpu_seconds(run) -> float:
 def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
     if run.main:
-        with writing("Nothing was trained yet: or name another --out"):
+        with writing("Or name another --out"):
             claim_folder(run.out, "run.json", "run")
             (run.out / "best").mkdir()
             for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it

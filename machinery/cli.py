@@ -53,9 +53,15 @@ class Output:
         return getattr(self.stream, name)
 
 
+def quiet_imports(name: str):
+    """Called before torch is imported: Ctrl-C then ends a command (name: its __name__) without a traceback."""
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:    # not under nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Run a command line: 0 done, 2 bad input, 130 interrupted; each in one line."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # so during the imports: see the top of train.py
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # after quiet_imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.redirect_stdout(Output(sys.stdout)) as out, contextlib.redirect_stderr(Output(sys.stderr)):
         try:

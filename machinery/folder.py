@@ -1,6 +1,7 @@
 """The folder of a run or an evaluation: one process at a time works in it, and nothing in it is ever overwritten.
 
-Owns `alone_in` (the lock), `claim_folder`, and what turns the errors of files into one line: `writing`, `reading`.
+Owns `alone_in` (the lock), `claim_folder`, and what turns the errors of files into one line: `writing`, `reading`,
+`append`, `replace_file`.
 """
 import contextlib
 import fcntl
@@ -22,7 +23,7 @@ def alone_in(out: Path):
     The lock is an flock: the kernel frees it however this process ends. It lies beside the folder, which may be moved.
     """
     name = Path(f"{out.resolve()}.lock")
-    with writing("Nothing is lost: name another --out"):
+    with writing("Or name another --out"):
         name.parent.mkdir(parents=True, exist_ok=True)
         file = locked(name, out)
     with file:
@@ -75,7 +76,7 @@ def writing(way_on: str, part: Path | None = None):
     except (OSError, SafetensorError) as error:
         if part:
             shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot write ({error}): mend that, for example make room. {way_on}") from error
+        raise UserError(f"cannot write ({error}): make room, or mend the folder. {way_on}") from error
 
 
 @contextlib.contextmanager
@@ -93,3 +94,11 @@ def append(file: Path, rows: list[dict], way_on: str):
     """Add lines of JSON to a log."""
     with writing(way_on), file.open("a") as log:
         log.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def replace_file(file: Path, text: str, way_on: str):
+    """Give a file a new content, in one step."""
+    part = file.with_name(f"{file.name}.partial")
+    with writing(way_on):
+        part.write_text(text)
+        os.replace(part, file)
