@@ -34,7 +34,7 @@ from executor import Executor
 from policy import Policy, load_policy
 from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, rollout
-from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, read_gaia
+from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, missing_files, read_gaia
 from machinery import console
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.folder import alone_in, append, claim_folder, reading, replace_file, writing
@@ -263,17 +263,22 @@ def compare(base: Path, trained: Path) -> dict:
 
 # ------------------------------------------------------------------------------------- settings, command line
 def choose_tasks(args, tasks: list[Task]) -> list[Task]:
-    """Those that the flags ask for. UserError if none is left."""
+    """Those that the flags ask for. UserError if none is left, or if one lacks its attachment."""
     if unknown := set(args.ids or []) - {task.id for task in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
-    tasks = [task for task in tasks if (not args.ids or task.id in args.ids)
-             and (not args.levels or task.level in args.levels) and not (args.text_only and task.files)]
-    tasks = tasks[:args.limit]
-    if not tasks:
+    chosen = [task for task in tasks if (not args.ids or task.id in args.ids)
+              and (not args.levels or task.level in args.levels) and not (args.text_only and task.files)][:args.limit]
+    if not chosen:
         raise UserError("no question is left: see --levels, --ids, --text-only, --limit")
+    if absent := missing_files(tasks):
+        how = "hf download gaia-benchmark/GAIA --repo-type dataset --local-dir GAIA"
+        if needed := missing_files(chosen):
+            raise UserError(f"{len(needed)} attachments of these questions are missing, {needed[0]} first: {how}, or "
+                            "take --text-only")
+        print(f"{len(absent)} attachments of other questions are missing; to get them: {how}")
     if args.split == "test":    # never scored here, even if a copy of it holds answers
-        tasks = [replace(task, answer=HIDDEN) for task in tasks]
-    return tasks
+        chosen = [replace(task, answer=HIDDEN) for task in chosen]
+    return chosen
 
 
 def training_run(ckpt: Path | None) -> dict:
@@ -297,6 +302,7 @@ def parse_args(argv=None):
     add("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
     add("--model", help="model to evaluate; without --ckpt: the untrained base model")
     add("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
+    add("--allow-outside-files", action="store_true", help="let --gaia-dir attach files from outside its folder")
     add("--split", default="validation", choices=["validation", "test"])
     add("--levels", nargs="+", choices=["1", "2", "3"])
     add("--ids", nargs="+", help="task_ids")
@@ -393,7 +399,7 @@ def command(args) -> None:
     warn_of_other_versions()
     run = training_run(args.ckpt)
     if args.gaia_dir:
-        tasks = read_gaia(args.gaia_dir, args.split)
+        tasks = read_gaia(args.gaia_dir, args.split, args.allow_outside_files)
     else:
         tasks = builtin_tasks("heldout", 264, 0, difficulty=run["difficulty"])
     tasks = choose_tasks(args, tasks)

@@ -222,6 +222,7 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
 @dataclass
 class TaskConfig:
     data: str | None = option(None, "FILE.jsonl with id, question, answer, files, level; default: the built-in tasks")
+    allow_outside_files: bool = option(False, "let --data attach files from outside its folder")
     difficulty: int = option(0, "of the built-in tasks: 0 for the tiny model, 1 to 3 for real ones", zero=True)
     tools: str | None = option(None, "web, my_tools.py or both with a comma; the built-in tasks bring theirs")
     cache: str = option("live", "of the web: live, record[:FILE] or replay[:FILE]")
@@ -348,7 +349,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     cfg, settled = settle(cfg, given)
     if cfg.groups % size:
         raise UserError(f"--groups {cfg.groups} cannot be shared by {size} processes")
-    data = read_jsonl(Path(cfg.data)) if cfg.data else None
+    data = read_jsonl(cfg.data, cfg.allow_outside_files) if cfg.data else None
     tasks, heldout = split_tasks(data, cfg.eval_tasks, cfg.seed, cfg.difficulty)
     web = open_web(cfg.cache)
     loaded = load_tools(cfg.tools, web)

@@ -84,6 +84,8 @@ def reading(what: str | Path, hint: str = ""):
     """Whatever a damaged or foreign file raises while it is read and taken apart, as one line."""
     try:
         yield
+    except ImportError as error:
+        raise UserError(f"{what}: {error}: pip install -r requirements-gaia.txt") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"

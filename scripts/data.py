@@ -76,7 +76,8 @@ def files_of(record: dict, question: str, folder: Path) -> dict[str, Path]:
         names += [part.strip() for part in re.split("[,;]", line) if part.strip()]
     files = {}
     for name in dict.fromkeys(names):
-        found = [p for p in (folder / name, folder / Path(name).name) if p.is_file()]
+        found = [p for p in (folder / name, folder / Path(name).name)
+                 if p.is_file() and p.resolve().is_relative_to(folder.resolve())]
         if not found:
             raise Dropped("file missing")
         if files.setdefault(found[0].name, found[0]) != found[0]:
@@ -160,7 +161,7 @@ def make_training_file(args) -> None:
         raise UserError("--remove-overlap needs --gaia-dir")
     first = next((record for _, record in read_rows(args.data)), None)
     if args.data.suffix == ".jsonl" and isinstance(first, dict) and {"id", "question", "answer"} <= first.keys():
-        tasks, dropped, n = read_jsonl(args.data), Counter(), args.n or 0
+        tasks, dropped, n = read_jsonl(args.data, allow_outside=True), Counter(), args.n or 0
     else:
         tasks, dropped = read_mat(args.data, args.files or args.data.parent)
         n = MAT_PAIRS if args.n is None else args.n
