@@ -301,6 +301,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
     add("--model", help="model to evaluate; without --ckpt: the untrained base model")
+    add("--any-base", action="store_true", help="take the adapter on another base than the one it was trained on")
     add("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
     add("--allow-outside-files", action="store_true", help="let --gaia-dir attach files from outside its folder")
     add("--split", default="validation", choices=["validation", "test"])
@@ -328,7 +329,8 @@ def parse_args(argv=None):
 
 
 def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
-    policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt)
+    policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt,
+                         any_base=args.any_base)
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
     known = run["sampling"] or policy.preset.settings       # the limits that training had, else the preset's
     sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=temperature)
@@ -348,7 +350,8 @@ def settings_of(evaluation: Evaluation, run: dict) -> dict:
     args, policy, cache = evaluation.args, evaluation.policy, evaluation.web.cache
     adapter = short_hash((args.ckpt / "adapter_model.safetensors").read_bytes()) if args.ckpt else ""
     return {
-        "model": policy.name, "adapter": adapter, "seed": args.seed, "sampling": asdict(evaluation.sampling),
+        "model": policy.name, "base_weights": policy.base_weights, "adapter": adapter, "seed": args.seed,
+        "sampling": asdict(evaluation.sampling),
         "prompt": policy.preset.prompt, "tools": short_hash(prompt_text(evaluation.tools).encode()),
         "data": args.gaia_dir or run["difficulty"], "split": args.split, "judge": [args.judge, args.judge_model],
         "cache": [cache.mode, cache.digest() if cache.mode == "replay" else ""]}

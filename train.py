@@ -377,8 +377,8 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     elif not cfg.probe:
         sampling = {f.name: getattr(cfg, f.name) for f in fields(Sampling)} | {"temperature": 0.0}
         run.pending = dict.fromkeys(console.NUMBERS) | {"step": 0, "online_trajectories": 0}
-        begin(run, {"config": asdict(cfg), "model": policy.name, "prompt": policy.preset.prompt, "tools": cfg.tools,
-                    "quantize": cfg.quantize, "sampling": sampling})
+        begin(run, {"config": asdict(cfg), "model": policy.name, "base_weights": policy.base_weights,
+                    "prompt": policy.preset.prompt, "tools": cfg.tools, "quantize": cfg.quantize, "sampling": sampling})
     return run
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from machinery.cli import UserError, flag_name
 from machinery.folder import append, claim_folder, reading, writing
 from machinery.ranks import barrier, everyone
-from policy import save_adapter
+from policy import check_base, save_adapter
 
 PROGRESS = ("step", "position", "online", "best", "before", "pending")
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
@@ -175,6 +175,7 @@ def restore(run, make_group):
     make_group: (task id, trajectories as dicts, step, advantages) -> a group of the queue.
     """
     folder = latest_state(run.out)
+    check_base(run.out, run.policy.name, run.policy.base_weights)
     with reading(folder, "Remove it: the checkpoint before it may be whole"):
         state = json.loads((folder / "state.json").read_text())
         if state["ranks"] != run.size:

@@ -89,7 +89,7 @@ def reading(what: str | Path, hint: str = ""):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-        raise UserError(f"{what} cannot be read: {why[:300]}{hint and '. ' + hint}") from error
+        raise UserError(f"{what}: cannot be read: {why[:300]}{hint and '. ' + hint}") from error
 
 
 def append(file: Path, rows: list[dict], way_on: str):
