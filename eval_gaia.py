@@ -33,15 +33,16 @@ from tqdm import tqdm
 from executor import Executor
 from policy import Policy, load_policy
 from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
-from rollout import Sampling, Trajectory, rollout
+from rollout import Sampling, Trajectory, check_context, rollout
 from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, missing_files, read_gaia
 from machinery import console
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.folder import alone_in, append, claim_folder, reading, replace_file, writing
+from machinery.preflight import preflight_table
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
-from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text
+from tools import NEEDS, Call, Tool, load_tools, open_web, prompt_text
 
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke
@@ -56,13 +57,14 @@ def category_of(t: Trajectory, calls: list[Call], official: bool, nearly: bool) 
     statuses = [turn.status for turn in t.turns] or [""]
     outcomes = [call.outcome for call in calls]
     absent = [f"NameError: name '{tool.name}'" for tool, *_ in NEEDS]
+    cut = t.stop_reason in ("length", "context_limit")      # perhaps before it could write any code
     repeated = Counter((call.tool, call.arguments) for call in calls)
     applies = {
         "right": official,
         "infrastructure": t.stop_reason == "error",
         "format_only": nearly and t.answer is not None,
         "wrong": t.answer is not None,
-        "no_code": not any(turn.code for turn in t.turns),
+        "no_code": not (cut or any(turn.code for turn in t.turns)),
         "cache_miss": "cache_miss" in outcomes,
         "blocked": "blocked" in outcomes,
         "tool_unavailable": any(name in text for name in absent for text in observations),
@@ -70,7 +72,8 @@ def category_of(t: Trajectory, calls: list[Call], official: bool, nearly: bool) 
         "timeout": "timeout" in statuses + outcomes or "killed" in statuses,
         "syntax": "SyntaxError" in observations[-1],
         "runtime": statuses[-1] == "error",
-        "context_limit": t.stop_reason in ("context_limit", "length"),
+        "length": t.stop_reason == "length",
+        "context_limit": t.stop_reason == "context_limit",
         "step_limit": t.stop_reason == "turn_limit"}
     return next((name for name, true in applies.items() if true), "no_answer")
 
@@ -318,6 +321,7 @@ def parse_args(argv=None):
     add("--judge-model", help="name of the model at the URL of --judge")
     add("--tools", help="FILE.py with tools, added to the built-in ones; default: as in training")
     add("--cache", default="live", help="live, record[:FILE] or replay[:FILE]; FILE: web.sqlite")
+    add("--no-preflight", action="store_true", help="do not call each web tool once before the run")
     add("--sandbox", default="auto", help="auto, bwrap or none")
     add("--export", action="store_true", help="write submission.jsonl for the leaderboard")
     add("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="compare two evaluations")
@@ -339,6 +343,7 @@ def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
     builtin = BUILTIN_TOOLS if offline else load_tools("web", web)
     files = [part for part in (args.tools or run["tools"] or "").split(",") if part != "web"]
     tools = [replace(tool, log=log) for tool in load_tools(",".join(files), web, builtin)]
+    check_context(policy, tasks, tools, sampling)
     judge = Judge(args.judge if args.split == "validation" else "heuristic", args.judge_model, policy, web.cache)
     return Evaluation(args, tasks, policy, tools, log, web, judge, sampling)
 
@@ -363,7 +368,7 @@ def announce(evaluation: Evaluation, sandbox: str) -> None:
     if args.gaia_dir is None:
         print(f"No --gaia-dir: this is the offline set, built-in tasks, NOT GAIA. For GAIA: --gaia-dir hub ({HUB})")
     else:
-        print(preflight_table(web))
+        print(preflight_table(evaluation.tools, web, not args.no_preflight), end="")
         n, calls = len(evaluation.tasks) * args.samples, "none"
         if web.cache.mode != "replay" and any(tool.web for tool in evaluation.tools):
             calls = f"about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)"

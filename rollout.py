@@ -164,6 +164,15 @@ def build_prompt(chat: Chat, task, tools: list, style: str) -> list[int]:
     return chat.prompt(FULL + documented, task.question + attached)
 
 
+def check_context(policy, tasks: list, tools: list, sampling: Sampling) -> None:
+    """UserError if the context cannot hold even the shortest question's prompt and a turn."""
+    shortest = min(tasks, key=lambda task: len(task.question))
+    n = len(build_prompt(Chat(policy.tokenizer), shortest, tools, policy.preset.prompt))
+    if n + sampling.turn_tokens > sampling.context_tokens:
+        raise UserError(f"--context-tokens {sampling.context_tokens}: the shortest prompt has {n} tokens, and a turn "
+                        f"may take --turn-tokens {sampling.turn_tokens}: raise the one or lower the other")
+
+
 @dataclass(eq=False)
 class Episode:
     """A trajectory while it is sampled. `ended` says if its turn is over, `act` runs the code, `observe` answers."""

@@ -363,14 +363,12 @@ def read_tasks(path: Path, fields: Callable, root: Path | None, complete: bool =
     for number, record in read_rows(path):
         if isinstance(record, dict) and record.get("task_id") == "0-0-0-0-0":   # GAIA's own placeholder
             continue
-        try:
+        with reading(f"{path}:{number}"):
             task = parse_task(fields(record), path.parent, root)
             if task.id in lines:
                 raise UserError(f"id {task.id!r} is already used in line {lines[task.id]}")
             if complete and (absent := missing_files([task])):
                 raise UserError(f"attachment {absent[0]} is missing")
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
         lines[task.id] = number
         tasks.append(task)
     if not tasks:
@@ -400,7 +398,7 @@ def parse_task(record, folder: Path, root: Path | None) -> Task:
 def text_of(record: dict, key: str) -> str:
     """A field of a record as text. UserError unless it is text or a finite number; a name must be printable, too."""
     value = record.get(key)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if not (number or isinstance(value, str) and value.strip()):
         raise UserError(f"{key!r} is missing, empty or neither text nor a finite number")
     if key not in ("question", "answer") and CONTROL.search(str(value)):
@@ -410,13 +408,13 @@ def text_of(record: dict, key: str) -> str:
 
 def attachment(folder: Path, name: str, root: Path | None) -> Path:
     """The file of this name, all links followed. UserError unless it lies below `root`; None: anywhere."""
-    with reading(shown := f"attachment {name[:100]!r}"):
+    with reading(f"attachment {name[:100]!r}"):
         if CONTROL.search(name):
-            raise ValueError("its name has a control character")
+            raise UserError("its name has a control character")
         file = (folder / name).resolve()
         file.exists()                       # raises if the name is too long
         if root and not file.is_relative_to(root.resolve()):
-            raise UserError(f"{shown} lies outside of {root}: if you trust the file, --allow-outside-files")
+            raise UserError(f"it lies outside of {root}; if you trust whose data this is: --allow-outside-files")
         return file
 
 

@@ -37,15 +37,16 @@ from machinery.checkpoint import begin, keep_best, log_trajectories, restore, re
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.folder import alone_in, append
 from machinery.memory import apply_plan
+from machinery.preflight import preflight_table
 from machinery.ranks import everyone
 from machinery.sample_queue import Entry, SampleQueue
 from machinery.versions import warn_of_other_versions
 from machinery.web import Cache
 from policy import LORA_RANK, Policy, load_policy, model_config, parameter_counts, preset_for
 from reward import Judge, check_judge, compute_rewards
-from rollout import Sampling, Trajectory, rollout
+from rollout import Sampling, Trajectory, check_context, rollout
 from tasks import BUILTIN_TOOLS, HARD, Task, endless, every, read_jsonl, split_tasks
-from tools import load_tools, open_web, preflight_table
+from tools import load_tools, open_web
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -225,6 +226,7 @@ class TaskConfig:
     allow_outside_files: bool = option(False, "let --data attach files from outside its folder")
     difficulty: int = option(0, "of the built-in tasks: 0 for the tiny model, 1 to 3 for real ones", zero=True)
     tools: str | None = option(None, "web, my_tools.py or both with a comma; the built-in tasks bring theirs")
+    no_preflight: bool = option(False, "do not call each web tool once before the run")
     cache: str = option("live", "of the web: live, record[:FILE] or replay[:FILE]")
     judge: str = option("heuristic", "heuristic, local (the base model), or the URL of an OpenAI-compatible server")
     judge_model: str | None = option(None, "model name at the judge's URL")
@@ -353,8 +355,6 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     tasks, heldout = split_tasks(data, cfg.eval_tasks, cfg.seed, cfg.difficulty)
     web = open_web(cfg.cache)
     loaded = load_tools(cfg.tools, web)
-    if "web" in (cfg.tools or "").split(",") and rank == 0:
-        print(preflight_table(web))
     if cfg.vram is not None:
         apply_plan(cfg, settled)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
@@ -364,6 +364,9 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         torch.set_num_threads(1)                              # the tiny model's fastest; leaves the sandbox a core
     builtin = BUILTIN_TOOLS if tiny or not cfg.data else []   # the tiny model knows these tools
     tools = load_tools(None, beside=builtin + loaded)         # no two of one name
+    if rank == 0:
+        print(preflight_table(tools, web, not cfg.no_preflight), end="")
+    check_context(policy, tasks, tools, cfg)
     verdicts = None                                           # those of an LLM outlive a resume
     if cfg.judge != "heuristic":
         verdicts = Cache(f"{Path(cfg.out)}.judge.sqlite", "record")

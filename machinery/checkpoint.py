@@ -159,13 +159,12 @@ def metrics_until(run, sizes: dict[str, int]) -> list[dict]:
             with (run.out / name).open("rb") as log:
                 log.seek(size - 1)
                 if log.read(1) != b"\n":
-                    raise UserError(f"--resume: {run.out / name} has other lines than this run wrote: put them back")
+                    raise UserError(f"{run.out / name} has other lines than this run wrote until then: put them back")
     metrics = run.out / "metrics.jsonl"
     written = metrics.read_bytes()[:sizes["metrics.jsonl"]] if metrics.exists() else b""
     history = [json.loads(line) for line in written.splitlines()]
     if [row["step"] for row in history] != list(range(run.step)):
-        raise UserError(f"--resume: {metrics} has not one line for each step that this run has taken: put its own "
-                        "back")
+        raise UserError(f"{metrics} has not one line for each step of this run until then: put its own back")
     return history
 
 
@@ -179,8 +178,8 @@ def restore(run, make_group):
     with reading(folder, "Remove it: the checkpoint before it may be whole"):
         state = json.loads((folder / "state.json").read_text())
         if state["ranks"] != run.size:
-            raise UserError(f"--resume: the run had {state['ranks']} processes, this one has {run.size}; each has its "
-                            f"own queue, so use torchrun --nproc-per-node {state['ranks']}")
+            raise UserError(f"the run had {state['ranks']} processes, this one has {run.size}; each has its own queue, "
+                            f"so use torchrun --nproc-per-node {state['ranks']}")
         set_peft_model_state_dict(run.policy.model, load_file(folder / "adapter_model.safetensors"))
         unpack_optimizer(run.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
         tensors = load_file(folder / f"queue-{run.rank}.safetensors")

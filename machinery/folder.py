@@ -57,7 +57,8 @@ def locked(name: Path, out: Path):
 def claim_folder(out: Path, mark: str, what: str):
     """Make the folder of a new run or evaluation. An older one in it, known by its file `mark`, is moved aside: nothing
     is ever overwritten."""
-    out = out.resolve()                                 # of a link the folder that it leads to: that one is locked
+    if out.is_symlink():                                # the folder that it leads to is the locked one
+        out = out.resolve()
     if out.exists() and any(out.iterdir()):
         if not (out / mark).exists():
             raise UserError(f"--out {out} is not empty and holds no {what}: name another folder")
@@ -81,9 +82,11 @@ def writing(way_on: str, part: Path | None = None):
 
 @contextlib.contextmanager
 def reading(what: str | Path, hint: str = ""):
-    """Whatever a damaged or foreign file raises while it is read and taken apart, as one line."""
+    """Whatever a damaged or foreign file raises while it is read and taken apart, as one line that names it."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     except ImportError as error:
         raise UserError(f"{what}: {error}: pip install -r requirements-gaia.txt") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,

@@ -26,8 +26,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from reward import clean
-from tasks import Task, read_gaia, read_jsonl, read_rows
+from tasks import CONTROL, Task, read_gaia, read_jsonl, read_rows, text_of
 from machinery.cli import OneLineParser, UserError, exit_status
+from machinery.folder import reading
 from machinery.text import ngrams
 
 VOLATILE = re.compile(
@@ -56,8 +57,8 @@ def messages_of(record: dict) -> list[tuple[str, str]]:
 def answer_of(record: dict, messages: list[tuple[str, str]]) -> str:
     """The record's field for the answer; without one, the constant in the agent's last final_answer(...)."""
     for key in ("answer", "final_answer", "Final answer"):
-        if isinstance(record.get(key), (str, int, float)) and not isinstance(record[key], bool):
-            return str(record[key]).strip()
+        if record.get(key) is not None:
+            return text_of(record, key).strip()
     calls = re.findall(r"final_answer\((.*)\)", "\n".join(text for role, text in messages if role == "agent"))
     if not calls:
         raise Dropped("no answer")
@@ -113,11 +114,14 @@ def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
         try:
             if not isinstance(record, dict):
                 raise Dropped("no record")
-            task = pair_of(record, folder)
+            with reading("a record"):
+                task = pair_of(record, folder)
+            if CONTROL.search(task.id):
+                raise Dropped("unprintable id")
             if (key := tuple(re.findall(r"\w+", clean(task.question)))) in seen:
                 raise Dropped("duplicate")
-        except Dropped as reason:
-            dropped[str(reason)] += 1
+        except (Dropped, UserError) as reason:
+            dropped[str(reason) if isinstance(reason, Dropped) else "malformed"] += 1
             continue
         seen.add(key)
         name = task.id or f"mat-{number}"

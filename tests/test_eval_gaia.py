@@ -291,13 +291,14 @@ def test_host_failures_are_retried_and_never_written(here, monkeypatch, capsys):
     """The host fails twice for one question, always for another: the first gets its answer, the second is missing."""
     real, seen = eval_gaia.rollout, Counter()
 
-    def failing(policy, tasks, *args, **kwargs):
-        groups = real(policy, tasks, *args, **kwargs)
-        for i, task in enumerate(tasks):
-            seen[task.id] += 1
-            if task.id == ids[0] and seen[task.id] <= 2 or task.id == ids[1]:
-                groups[i][0] = replace(groups[i][0], stop_reason="error", answer=task.answer, error="the host")
-        return groups
+    def failing(*args):
+        def ended(t):
+            seen[t.task_id] += 1
+            if t.task_id == ids[0] and seen[t.task_id] <= 2 or t.task_id == ids[1]:
+                t = replace(t, stop_reason="error", answer="1", error="the host")
+            on_end(t)
+        *args, on_end = args
+        real(*args, ended)
     ids = [t.id for t in gaia(here / "GAIA", 4)]
     monkeypatch.setattr(eval_gaia, "rollout", failing)
     assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0
@@ -329,7 +330,7 @@ def test_without_access_to_gaia_the_message_says_how_to_get_it(here, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
     assert main(["--gaia-dir", "hub", "--out", "ev"]) == 2
-    assert "ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
+    assert "Ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
 
 
 def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
@@ -352,7 +353,7 @@ def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
     (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"),
     (["--tools", "none.py"], "no such file"),
     (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"),
-    (["--compare", "run", "run"], "not a file of eval_gaia.py"),
+    (["--compare", "run", "run"], "--compare takes folders of eval_gaia.py"),
     (["--tools", "search.py"], "two tools are called search"), (["--out", "full"], "not empty")])
 def test_bad_input_is_one_line(here, capsys, arguments, complaint):
     (here / "empty").mkdir()
