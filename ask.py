@@ -52,11 +52,11 @@ def ask(asked: Asked, question: str) -> str | None:
     """The answer to one question, printed turn by turn; None without one."""
     complete = []
 
-    def watch(turn: Turn):
+    def on_turn(turn: Turn):
         complete.append(turn)
         asked.show(f"{turn.text.strip()}\nObservation ({turn.seconds:.1f} s): {turn.observation.strip()}\n")
     task = Task("asked", question, "", asked.files)
-    groups = rollout(asked.policy, [task], asked.executor, asked.tools, asked.sampling, 1, asked.seed, watch=watch)
+    groups = rollout(asked.policy, [task], asked.executor, asked.tools, asked.sampling, 1, asked.seed, on_turn=on_turn)
     trajectory = groups[0][0]
     for turn in trajectory.turns[len(complete):]:       # a limit stopped it, so it has no observation
         asked.show(turn.text.strip())

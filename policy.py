@@ -10,6 +10,8 @@ copies embeddings and head to fp32 (+2 GiB at 7B). The adapter is never merged: 
 rounded away.
 """
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
@@ -20,14 +22,16 @@ from pathlib import Path
 
 import requests
 import torch
+from huggingface_hub import snapshot_download
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses a CPU kernel
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)     # peft asks by an old name
 from peft import LoraConfig, PeftModel, get_peft_model          # noqa: E402
-from safetensors import SafetensorError                         # noqa: E402
+from safetensors import SafetensorError, safe_open              # noqa: E402
 from transformers import (                                      # noqa: E402
     AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen2Config)
 
+from machinery.folder import reading                            # noqa: E402
 from tools import UserError                                     # noqa: E402
 
 TINY_DIR = Path(__file__).resolve().parent / "tiny"             # built in; scripts/warm_start.py made it
@@ -86,6 +90,7 @@ class Policy:
     device: torch.device
     name: str                       # what the given name resolved to: a hub id, or a folder's absolute path
     preset: Preset
+    base_weights: str = ""          # see weights_hash
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The adapter's parameters, fp32, always in the same order."""
@@ -182,6 +187,35 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
+def weights_hash(name: str) -> str:
+    """A hash of two rows of each of the base's tensors, as they lie on disk: so no quantisation or dtype changes it."""
+    folder = name if Path(name).is_dir() else snapshot_download(name, local_files_only=True)
+    rows = {}
+    for file in Path(folder).glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            rows |= {key: tensors.get_slice(key)[:2].bfloat16() for key in tensors.keys()}
+    digest = hashlib.sha256()
+    for key in sorted(rows):
+        digest.update(rows[key].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_base(folder: Path, name: str, weights: str):
+    """UserError if the adapter in `folder` was trained on another base than that of this name and hash. It is told by
+    the hash that train.py has left in run.json; without one by the last part of the base's name."""
+    run, config = folder / "run.json", folder / "adapter_config.json"
+    with reading(folder):
+        known = json.loads(run.read_text()).get("base_weights") if run.is_file() else None
+        made_for = str(json.loads(config.read_text())["base_model_name_or_path"])
+    if known:
+        same, what = known == weights, "has other weights"
+    else:
+        same, what = Path(made_for).name == Path(name).name, "has another name"
+    if not same:
+        raise UserError(f"{folder} was trained on {made_for}, and {name} {what}: give the adapter its own base, or "
+                        "eval_gaia.py --any-base")
+
+
 LORA_RANK = 16
 
 
@@ -194,7 +228,7 @@ def new_adapter(base: torch.nn.Module, seed: int = 0, rank: int = LORA_RANK) -> 
 
 
 def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, seed: int = 0,
-                dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK) -> Policy:
+                dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK, any_base: bool = False) -> Policy:
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
     quantize: see in_nf4. dtype: of the base; default: bf16 on a GPU from 50 million parameters on, else fp32. The GPU
@@ -216,10 +250,13 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
     base = load_base(name, nf4, device, dtype, away)
+    weights = weights_hash(name)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)
+    if adapter and not any_base:    # shapes alone do not tell Base, Instruct and Coder of one size apart
+        check_base(Path(adapter), name, weights)
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
-    return Policy(network.eval(), tokenizer, device, name, preset_for(parameters))
+    return Policy(network.eval(), tokenizer, device, name, preset_for(parameters), weights)
 
 
 def save_adapter(policy: Policy, folder: Path):

@@ -181,6 +181,15 @@ def build_prompt(chat: Chat, task, tools: list, style: str, system: str | None =
     return chat.prompt((system or FULL) + documented, task.question + attached)
 
 
+def check_context(policy, tasks: list, tools: list, sampling: Sampling) -> None:
+    """UserError if the context cannot hold even the shortest question's prompt and a turn."""
+    shortest = min(tasks, key=lambda task: len(task.question))
+    n = len(build_prompt(Chat(policy.tokenizer), shortest, tools, policy.preset.prompt, sampling.prompt))
+    if n + sampling.turn_tokens > sampling.context_tokens:
+        raise UserError(f"--context-tokens {sampling.context_tokens}: the shortest prompt has {n} tokens, and a turn "
+                        f"may take --turn-tokens {sampling.turn_tokens}: raise the one or lower the other")
+
+
 @dataclass(eq=False)
 class Episode:
     """A trajectory while it is sampled. `ended` says if its turn is over, `act` runs the code, `observe` answers."""
@@ -193,7 +202,7 @@ class Episode:
     executor: object
     tools: list
     sampling: Sampling
-    watch: Callable[[Turn], None] = lambda turn: None
+    on_turn: Callable | None = None
     session: object = None      # opened with the first code
     turns: list[Turn] = field(default_factory=list)
     last: int = -1              # the last token of the newest turn
@@ -242,7 +251,8 @@ class Episode:
             turn.status, turn.seconds, self.answer = result.status, result.seconds, result.answer
         ids = self.chat.observation(text, self.sampling.observation_tokens)
         turn.observation = self.chat.tokenizer.decode(ids)
-        self.watch(turn)
+        if self.on_turn is not None:
+            self.on_turn(turn)
         forced = self.chat.between(ids, self.last)
         if self.answer is not None:
             self.stop_reason = "answer"
@@ -339,11 +349,11 @@ def sample_all(model, chat: Chat, episodes: list, sampling: Sampling):
 
 
 def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int,
-            progress=None, watch: Callable[[Turn], None] = lambda turn: None) -> list[list[Trajectory]]:
+            on_end: Callable | None = None, on_turn: Callable | None = None) -> list[list[Trajectory]]:
     """Sample `samples` trajectories per task, one list per task, with the policy as it is now (the reference, inside
-    `policy.reference()`). progress: a tqdm bar, advanced once per trajectory. watch: called with every turn once
-    its observation is known. Raises UserError for a chat template, a prompt style or a context that cannot be used.
-    What fails in one trajectory ends that one alone ("error")."""
+    `policy.reference()`). on_end: called with each trajectory as it ends; on_turn: with each turn whose observation is
+    known. Raises UserError for a chat template, a prompt style or a context that cannot be used. What fails in one
+    trajectory ends that one alone ("error")."""
     model, context = policy.model, sampling.context_tokens
     if context > (positions := model.config.max_position_embeddings):
         raise UserError(f"--context-tokens {context}: the model has positions for {positions} tokens")
@@ -354,12 +364,12 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
         prompt = build_prompt(chat, task, tools, policy.preset.prompt, sampling.prompt)
         for i in range(samples):
             episodes.append(
-                Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling, watch))
+                Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling, on_turn))
         seen[task.id] += 1
     with (sampling_mode(model, sampling.deterministic),                         # eval mode, no gradients
           closing(sample_all(model, chat, episodes, sampling)) as ended):       # Ctrl-C closes the sessions, too
         for episode, *columns in ended:
-            done[episode.group, episode.sample] = episode.trajectory(*columns)
-            if progress is not None:
-                progress.update(1)
+            done[episode.group, episode.sample] = trajectory = episode.trajectory(*columns)
+            if on_end is not None:
+                on_end(trajectory)
     return [[done[group, i] for i in range(samples)] for group in range(len(tasks))]

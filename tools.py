@@ -273,10 +273,6 @@ def preflight(web: Web) -> list[tuple[Tool, str]]:
     return rows
 
 
-def preflight_table(web: Web) -> str:
-    return "\n".join(f"  {t.name:<12} {'left out: ' + why if why else 'live'}" for t, why in preflight(web))
-
-
 def prompt_text(tools: list[Tool]) -> str:
     """The tools as the system prompt lists them, one per paragraph."""
     return "\n".join(t.prompt for t in tools)

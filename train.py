@@ -14,6 +14,10 @@ and in deterministic mode it equals the run without interruption. Departures fro
 """
 from __future__ import annotations
 
+from machinery.cli import quiet_imports
+quiet_imports(__name__)
+
+import contextlib
 import json
 import math
 import random
@@ -30,18 +34,20 @@ import report
 from executor import Executor
 from grpo import Group, GRPOConfig, group_advantages, make_optimizer, update as grpo_update
 from machinery import console, ranks
-from machinery.checkpoint import append, begin, keep_best, log_trajectories, restore, resumed, rows_to_keep, save
+from machinery.checkpoint import begin, keep_best, log_trajectories, restore, resumed, rows_to_keep, save, way_on
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
+from machinery.folder import alone_in, append
 from machinery.memory import apply_plan
+from machinery.preflight import preflight_table
 from machinery.ranks import everyone
 from machinery.sample_queue import Entry, SampleQueue
 from machinery.versions import warn_of_other_versions
 from machinery.web import Cache
 from policy import LORA_RANK, Policy, load_policy, model_config, parameter_counts, preset_for
 from reward import Judge, check_judge, compute_rewards
-from rollout import Sampling, Trajectory, read_prompt, rollout
+from rollout import Sampling, Trajectory, check_context, read_prompt, rollout
 from tasks import BUILTIN_TOOLS, HARD, Task, endless, every, read_jsonl, split_tasks
-from tools import load_tools, open_web, preflight_table
+from tools import load_tools, open_web
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -73,7 +79,8 @@ def sample(run: Run, n: int, again: int = 0) -> list[Group]:
     cfg, tasks = run.cfg, run.next_tasks(n)
     seed = random.Random(f"rollout-{cfg.seed}-{run.step}-{again}").getrandbits(62)
     with run.bar(n * cfg.group_size, f"step {run.step}: sampling") as bar:
-        sampled = rollout(run.policy, tasks, run.executor, run.tools, cfg, cfg.group_size, seed, bar)
+        sampled = rollout(run.policy, tasks, run.executor, run.tools, cfg, cfg.group_size, seed,
+                          lambda _: bar.update())
     run.online += n * cfg.group_size * run.size
     run.clock.lap("sampling")
     for trajectory in [t for group in sampled for t in group]:
@@ -156,7 +163,7 @@ def finish_step(run: Run):
     run.pending["seconds_total"] = round(run.elapsed(), 2)
     run.history.append(run.pending)
     if run.main:
-        append(run, "metrics.jsonl", [run.pending])
+        append(run.out / "metrics.jsonl", [run.pending], way_on(run))
     console.show_step(run)
     report.refresh(run)
     run.pending = None
@@ -168,7 +175,7 @@ def solve(run: Run, tasks: list[Task], name: str, temperature: float, samples: i
     mine, right = tasks[run.rank::run.size], {}
     with run.bar(len(mine) * samples, f"held-out {name}") as bar:
         groups = rollout(run.policy, mine, run.executor, run.tools, replace(run.cfg, temperature=temperature), samples,
-                         seed=1, progress=bar)
+                         seed=1, on_end=lambda _: bar.update())
     for task, rewards in zip(mine, compute_rewards(mine, groups, run.judge)):
         right[task.id] = float(any(r.answer == 1 for r in rewards))
     return {task_id: value for part in everyone(right) for task_id, value in part.items()}
@@ -187,32 +194,8 @@ def evaluate(run: Run, full: bool) -> dict:
     if full:
         right["pass@8"] = solve(run, eighth, "pass@8", 1.0, 8)
 
-    def accuracy(name: str, chosen: list[Task]) -> float | None:
-        value = console.mean(right[name].get(task.id) for task in chosen)
-        return None if value is None else round(value, 4)
-    families = {}
-    for family in dict.fromkeys(task.family for task in tasks):
-        members = [task.id for task in tasks if task.family == family]
-        families[family] = {"n": len(members)}
-        for name, found in right.items():
-            families[family][name] = console.mean(found.get(task_id) for task_id in members)
-    core = [task for task in tasks if task.family not in run.hard]
-    hard = [task for task in tasks if task.family in run.hard]
-    quick_core = [task for task in quick if task.family not in run.hard]
-    found = {
-        "heldout_greedy": accuracy("greedy", core),
-        "heldout_sampled": accuracy("sampled", core),
-        "heldout_hard": accuracy("greedy", hard),
-        "heldout_hard_sampled": accuracy("sampled", hard),
-        "heldout_n": len(core),
-        "heldout_families": families,
-        "heldout_quick": accuracy("greedy", quick_core) + accuracy("sampled", quick_core),
-    }
-    if full:
-        found["heldout_pass8"] = accuracy("pass@8", core)
-        found["heldout_hard_pass8"] = accuracy("pass@8", hard)
-    found["evaluation_seconds"] = round(time.perf_counter() - start, 2)
-    return found
+    seconds = round(time.perf_counter() - start, 2)
+    return console.heldout_metrics(run, tasks, quick, right) | {"evaluation_seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -237,8 +220,10 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
 @dataclass
 class TaskConfig:
     data: str | None = option(None, "FILE.jsonl with id, question, answer, files, level; default: the built-in tasks")
+    allow_outside_files: bool = option(False, "let --data attach files from outside its folder")
     difficulty: int = option(0, "of the built-in tasks: 0 for the tiny model, 1 to 3 for real ones", zero=True)
     tools: str | None = option(None, "web, my_tools.py or both with a comma; the built-in tasks bring theirs")
+    no_preflight: bool = option(False, "do not call each web tool once before the run")
     cache: str = option("live", "of the web: live, record[:FILE] or replay[:FILE]")
     judge: str = option("heuristic", "heuristic, local (the base model), or the URL of an OpenAI-compatible server")
     judge_model: str | None = option(None, "model name at the judge's URL")
@@ -365,12 +350,10 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     if cfg.online_groups > cfg.groups or cfg.groups % size or cfg.online_groups % size:
         raise UserError(f"--groups {cfg.groups} --online-groups {cfg.online_groups}: the first must be the larger one, "
                         f"and both are shared evenly by {size} processes")
-    data = read_jsonl(Path(cfg.data)) if cfg.data else None
+    data = read_jsonl(cfg.data, cfg.allow_outside_files) if cfg.data else None
     tasks, heldout = split_tasks(data, cfg.eval_tasks, cfg.seed, cfg.difficulty)
     web = open_web(cfg.cache)
     loaded = load_tools(cfg.tools, web)
-    if "web" in (cfg.tools or "").split(",") and rank == 0:
-        print(preflight_table(web))
     if cfg.vram is not None:
         apply_plan(cfg, settled)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
@@ -380,7 +363,12 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         torch.set_num_threads(1)                              # the tiny model's fastest; leaves the sandbox a core
     builtin = BUILTIN_TOOLS if tiny or not cfg.data else []   # the tiny model knows these tools
     tools = load_tools(None, beside=builtin + loaded)         # no two of one name
-    verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
+    if rank == 0:
+        print(preflight_table(tools, web, not cfg.no_preflight), end="")
+    check_context(policy, tasks, tools, cfg)
+    verdicts = None                                           # those of an LLM outlive a resume
+    if cfg.judge != "heuristic":
+        verdicts = Cache(f"{Path(cfg.out)}.judge.sqlite", "record")
     run = Run(
         cfg, policy, make_optimizer(policy, cfg.lr), executor,
         Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts), tools, tasks, heldout,
@@ -391,8 +379,8 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     elif not cfg.probe:
         sampling = {f.name: getattr(cfg, f.name) for f in fields(Sampling)} | {"temperature": 0.0}
         run.pending = dict.fromkeys(console.NUMBERS) | {"step": 0, "online_trajectories": 0}
-        begin(run, {"config": asdict(cfg), "model": policy.name, "prompt": policy.preset.prompt, "tools": cfg.tools,
-                    "quantize": cfg.quantize, "sampling": sampling})
+        begin(run, {"config": asdict(cfg), "model": policy.name, "base_weights": policy.base_weights,
+                    "prompt": policy.preset.prompt, "tools": cfg.tools, "quantize": cfg.quantize, "sampling": sampling})
     return run
 
 
@@ -414,10 +402,12 @@ def probe(run: Run):
 def command(argv=None):
     """The whole command line. UserError for bad input, and for an out-of-memory that the update could not mend."""
     cfg, given = parse_args(argv)
+    run = None
     try:
         ranks.join()
         warn_of_other_versions()
-        with Executor(cfg.sandbox) as executor:
+        alone = contextlib.nullcontext() if cfg.probe or ranks.world()[0] else alone_in(Path(cfg.out))
+        with alone, Executor(cfg.sandbox) as executor:
             run = start(cfg, given, executor)
             run.say("configuration: " + json.dumps(asdict(run.cfg)))
             run.say(f"model {run.policy.name} on {run.policy.device}, {run.policy.model.dtype}, sandbox "
@@ -428,11 +418,10 @@ def command(argv=None):
                 train(run)
                 console.report(run)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}); the last checkpoint is whole: python "
-                        f"train.py --resume --out {cfg.out} with fewer --slots, a smaller --token-budget, or --vram "
-                        "GIB, which plans both") from error
+        raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}). {way_on(run)}, with fewer --slots, a "
+                        "smaller --token-budget, or --vram GIB, which plans both") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"nothing is lost: python train.py --resume --out {cfg.out}") from None
+        raise KeyboardInterrupt(way_on(run)) from None
 
 
 def main(argv=None) -> int:

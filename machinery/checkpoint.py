@@ -1,12 +1,11 @@
 """What a run writes, so that a kill at any moment loses nothing: checkpoints and logs.
 
-Owns `save` and `restore`, the published adapters (out/, out/best/), the lines of the logs, and the folder of a new run.
+Owns `save` and `restore`, the published adapters (out/, out/best/), the lines of the logs, and how to go on.
 `run` is train.Run. Read in this order: `save`, `restore`, the packing of the queue and of the optimiser.
 
 out/state/step-N/ holds all of a step as safetensors and JSON (no pickle); the two newest are kept. A checkpoint is
 written into a folder `partial` and then renamed. It holds the lengths of the logs, which `restore` cuts back to them.
 """
-import contextlib
 import json
 import os
 import shutil
@@ -15,35 +14,24 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from machinery.cli import UserError, claim_folder, flag_name
+from machinery.cli import UserError, flag_name
+from machinery.folder import append, claim_folder, reading, writing
 from machinery.ranks import barrier, everyone
 from machinery.text import token_texts
-from policy import save_adapter
+from policy import check_base, save_adapter
 
 PROGRESS = ("step", "position", "online", "best", "before", "pending")
 LOGS = ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl")
 PER_TOKEN = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}    # stored as tensors, not as text
 
 
-@contextlib.contextmanager
-def writing(out: Path, part: Path | None = None):
-    """What a full disk or a forbidden folder raises, as one line; the unfinished folder `part` is removed."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot write ({error}); the last checkpoint is whole: make room, then python train.py "
-                        f"--resume --out {out}") from error
-
-
-def append(run, name: str, rows: list[dict]):
-    """Add lines of JSON to a log."""
-    with writing(run.out), (run.out / name).open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def way_on(run) -> str:
+    """How to go on after an end that nobody wanted. run: None while it is loaded."""
+    if run is None or run.cfg.probe or not list((run.out / "state").glob("step-*")):
+        return "Nothing was trained yet: the same command starts again"
+    return f"The last checkpoint is whole: python train.py --resume --out {run.out}"
 
 
 def light(trajectory) -> dict:
@@ -62,7 +50,7 @@ def log_trajectories(run, groups: list, fresh: list, replayed: list, stats):
                          "advantage": a, **light(t)})
     for part in everyone(rows):
         if run.main:
-            append(run, "trajectories.jsonl", part)
+            append(run.out / "trajectories.jsonl", part, way_on(run))
     log_tokens(run, groups, fresh, replayed, stats)
 
 
@@ -99,7 +87,7 @@ def log_tokens(run, groups: list, fresh: list, replayed: list, stats):
         rows.append(row)
     for part in everyone(rows):
         if run.main:
-            append(run, "tokens.jsonl", part)
+            append(run.out / "tokens.jsonl", part, way_on(run))
 
 
 def shorter(values: list[float]) -> list[float]:
@@ -123,7 +111,7 @@ def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
     inherited["defaults"] = asdict(type(run.cfg)()) | run.policy.preset.settings
     if run.main:
-        with writing(run.out):
+        with writing("Or name another --out"):
             claim_folder(run.out, "run.json", "run")
             (run.out / "best").mkdir()
             for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it
@@ -139,7 +127,9 @@ RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every", "vr
 def resumed(cfg, given: set[str]):
     """The configuration of the run in --out. UserError if a setting that shapes the run was given another value."""
     latest_state(Path(cfg.out))
-    old = json.loads((Path(cfg.out) / "run.json").read_text())["config"]
+    with reading(file := Path(cfg.out) / "run.json"):
+        stored = json.loads(file.read_text())["config"]
+        old = {name: stored.get(name, default) for name, default in asdict(type(cfg)()).items()}
     for name in sorted(given - RESUMABLE):
         if getattr(cfg, name) != old[name]:
             raise UserError(f"--resume: the run in {cfg.out} was started with {flag_name(name)} {old[name]}, not "
@@ -154,7 +144,7 @@ def save(run):
     """Write the checkpoint of run.step into a new folder and rename it. Then the adapter in out/ is replaced by it."""
     states = run.out / "state"
     part, whole = states / "partial", states / f"step-{run.step:06d}"
-    with writing(run.out, part):
+    with writing(way_on(run), part):
         if run.main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -186,7 +176,7 @@ def save_shared(run, part: Path):
 
 def publish(run, state: Path, folder: Path):
     """Replace the adapter's weights in `folder` by those of a checkpoint, in one step."""
-    with writing(run.out):
+    with writing(way_on(run)):
         shutil.copyfile(state / "adapter_model.safetensors", folder / "adapter.partial")
         os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
 
@@ -206,31 +196,48 @@ def latest_state(out: Path) -> Path:
     return states[-1]
 
 
+def metrics_until(run, sizes: dict[str, int]) -> list[dict]:
+    """What metrics.jsonl held at the checkpoint. UserError if a log is not what this run had written by then."""
+    for name, size in sizes.items():
+        if size and (run.out / name).exists():      # a long trajectories.jsonl may have been put elsewhere
+            with (run.out / name).open("rb") as log:
+                log.seek(size - 1)
+                if log.read(1) != b"\n":
+                    raise UserError(f"{run.out / name} has other lines than this run wrote until then: put them back")
+    metrics = run.out / "metrics.jsonl"
+    written = metrics.read_bytes()[:sizes["metrics.jsonl"]] if metrics.exists() else b""
+    history = [json.loads(line) for line in written.splitlines()]
+    if [row["step"] for row in history] != list(range(run.step)):
+        raise UserError(f"{metrics} has not one line for each step of this run until then: put its own back")
+    return history
+
+
 def restore(run, make_group):
     """Continue from the newest checkpoint: weights, optimiser, queue, counters; the logs are cut back to it.
 
     make_group: (task id, trajectories as dicts, step, advantages) -> a group of the queue.
     """
     folder = latest_state(run.out)
-    state = json.loads((folder / "state.json").read_text())
-    if state["ranks"] != run.size:
-        raise UserError(f"--resume: the run had {state['ranks']} processes, this one has {run.size}; each has its own "
-                        f"queue, so use torchrun --nproc-per-node {state['ranks']}")
-    set_peft_model_state_dict(run.policy.model, load_file(folder / "adapter_model.safetensors"))
-    unpack_optimizer(run.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
-    tensors = load_file(folder / f"queue-{run.rank}.safetensors")
-    packed = json.loads((folder / f"queue-{run.rank}.json").read_text())
-    run.queue.load_state_dict(unpack_queue(tensors, packed, make_group))
-    for name in (*PROGRESS, "seconds", "cpu_seconds"):
-        setattr(run, name, state[name])
+    check_base(run.out, run.policy.name, run.policy.base_weights)
+    with reading(folder, "Remove it: the checkpoint before it may be whole"):
+        state = json.loads((folder / "state.json").read_text())
+        if state["ranks"] != run.size:
+            raise UserError(f"the run had {state['ranks']} processes, this one has {run.size}; each has its own queue, "
+                            f"so use torchrun --nproc-per-node {state['ranks']}")
+        set_peft_model_state_dict(run.policy.model, load_file(folder / "adapter_model.safetensors"))
+        unpack_optimizer(run.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+        tensors = load_file(folder / f"queue-{run.rank}.safetensors")
+        packed = json.loads((folder / f"queue-{run.rank}.json").read_text())
+        run.queue.load_state_dict(unpack_queue(tensors, packed, make_group))
+        for name in (*PROGRESS, "seconds", "cpu_seconds"):
+            setattr(run, name, state[name])
+        run.history = metrics_until(run, state["logs"])
+    barrier()                                       # all have read them
     if run.main:
         for name, size in state["logs"].items():
             if (run.out / name).exists():
                 os.truncate(run.out / name, size)
         publish(run, folder, run.out)
-    barrier()                                       # the logs are cut
-    if (run.out / "metrics.jsonl").exists():
-        run.history = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     run.say(f"resumed {run.out} after step {run.step}")
 
 

@@ -1,6 +1,5 @@
 """What a training run measures and prints: metrics per step, the estimate, warnings, the probe and the final table.
-
-`run` is train.Run, known here by its attributes alone.
+And the tables of an evaluation. `run` is train.Run, known here by its attributes alone.
 """
 import math
 import time
@@ -64,6 +63,36 @@ def step_metrics(run, groups: Sequence, fresh: Sequence, replayed: Sequence, sta
     metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
     metrics["replayed_groups"] = sum(everyone(drawn), [])
     return metrics | {"warnings": sum(everyone(stats.notes), []) + warnings_for([*run.history, metrics])}
+
+
+def heldout_metrics(run, tasks: Sequence, quick: Sequence, right: dict[str, dict[str, float]]) -> dict:
+    """Accuracy on held-out tasks per family, and on core and hard ones. quick: the tasks that decide out/best.
+    right: "greedy", "sampled" and perhaps "pass@8" -> task id -> 1.0 or 0.0."""
+    def accuracy(name: str, chosen: list) -> float | None:
+        value = mean(right[name].get(task.id) for task in chosen)
+        return None if value is None else round(value, 4)
+    families = {}
+    for family in dict.fromkeys(task.family for task in tasks):
+        members = [task.id for task in tasks if task.family == family]
+        families[family] = {"n": len(members)}
+        for name, found in right.items():
+            families[family][name] = mean(found.get(task_id) for task_id in members)
+    core = [task for task in tasks if task.family not in run.hard]
+    hard = [task for task in tasks if task.family in run.hard]
+    quick_core = [task for task in quick if task.family not in run.hard]
+    found = {
+        "heldout_greedy": accuracy("greedy", core),
+        "heldout_sampled": accuracy("sampled", core),
+        "heldout_hard": accuracy("greedy", hard),
+        "heldout_hard_sampled": accuracy("sampled", hard),
+        "heldout_n": len(core),
+        "heldout_families": families,
+        "heldout_quick": accuracy("greedy", quick_core) + accuracy("sampled", quick_core),
+    }
+    if "pass@8" in right:
+        found["heldout_pass8"] = accuracy("pass@8", core)
+        found["heldout_hard_pass8"] = accuracy("pass@8", hard)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- what is printed
@@ -203,6 +232,29 @@ def advice_for(signal: float, right: float, stops: Counter, turns: Counter) -> l
         (True, "easier tasks (--difficulty 0, or your own --data) that the model solves sometimes"),
         (True, "a warm start, for models up to 1.5B: python -m scripts.warm_start --base MODEL --out FOLDER"))
     return [text for applies, text in rules if applies]
+
+
+def evaluation_tables(result: dict) -> str:
+    """The tables of eval_gaia.py, of its results.json."""
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f} %"
+    rows = {"all": result} | {f"level {k}": v for k, v in result["levels"].items()}
+    rows |= {f"attachment {k}": v for k, v in result["attachments"].items()}
+    rows |= {"text-only subset": result["text_only"]}
+    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic      LLM"]
+    for name, s in rows.items():
+        low, high = s["wilson95"]
+        llm = percent(s["llm"]) if result["llm_verdicts"] else "-"
+        lines.append(f"  {name:<24}{s['n']:5d}{percent(s['accuracy']):>10}  [{100 * low:4.1f}, {100 * high:5.1f}]"
+                     f"{percent(s['heuristic']):>12}{llm:>10}")
+    for name in ("pass", "maj"):
+        lines += [f"  {name}@{k} {percent(v)}" for k, v in result.get(f"{name}_at_k", {}).items()]
+    pairs = [f"{pair} {percent(v['agree'])} of {v['n']}" for pair, v in result["agreement"].items()
+             if pair != "unsure" and v["n"]]
+    lines.append(f"agreement ({result['agreement']['unsure']} unsure): " + "; ".join(pairs))
+    lines.append("what became of them: " + ", ".join(f"{name} {n}" for name, n in result["categories"].most_common()))
+    means = ", ".join(f"{name} {value:.1f}" for name, value in result["mean"].items())
+    return "\n".join([*lines, f"no answer: {result['missing']}; mean {means}"])
 
 
 # --------------------------------------------------------------------------------------------- early warnings

@@ -14,8 +14,8 @@ import pytest
 
 import eval_gaia
 from chat_server import Server
-from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, parse_args, read_records,
-                       record_of, summary, vote)
+from eval_gaia import (Evaluation, announce, ask_llm, batches, category_of, choose_tasks, compare, main, parse_args,
+                       read_records, record_of, summary, vote)
 from gaia_folder import export_gaia
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from reward import Judge
@@ -92,13 +92,15 @@ def test_the_llm_judges_every_answer_beside_the_other_judges():
     answers = ["Charles Darwin", "Newton", "Darwin", None]
     with Server(lambda said: "VERDICT: " + ("IN" * ("Newton" in said[1]["content"])) + "CORRECT") as server:
         judge = Judge(server.url, "m")
-        found = [record_of(task, trajectory(answer=a), [], judge) for a in answers]
-        assert record_of(task, trajectory("error", "Darwin"), [], judge)["llm"] is None and len(server.requests) == 3
+        found = [record_of(task, t, []) for t in [*(trajectory(answer=a) for a in answers),
+                                                  trajectory("error", "Darwin")]]
+        assert [r["llm"] for r in found] == [None] * 5
+        ask_llm(judge, found)
+        assert found.pop()["llm"] is None and len(server.requests) == 3
     assert [r["llm"] for r in found] == [True, False, True, None]
     assert [r["heuristic"] for r in found] == ["right", "wrong", "unsure", "wrong"]
     assert [r["official"] for r in found] == [True, False, False, False]
     assert [r["category"] for r in found] == ["right", "wrong", "format_only", "no_code"]
-    assert record_of(task, trajectory(answer="Darwin"), [], Judge())["llm"] is None
 
 
 def test_samples_are_means_over_questions_and_never_mixed_up():
@@ -146,11 +148,11 @@ def test_what_became_of_a_trajectory(category):
     assert category_of(*WAYS[category]) == category
 
 
-def test_chunks_never_hold_a_question_twice():
+def test_batches_never_hold_a_question_twice():
     tasks = [Task(str(i), f"question {i % 4}", "") for i in range(8)]
-    made = list(chunks([(s, t) for s in (0, 1) for t in tasks], 3))
+    made = list(batches([(s, t) for s in (0, 1) for t in tasks]))
     assert sorted((s, t.id) for s, part in made for t in part) == sorted((s, t.id) for s in (0, 1) for t in tasks)
-    assert all(len({t.question for t in part}) == len(part) <= 3 for _, part in made)
+    assert [len(part) for _, part in made] == [4] * 4 and all(len({t.question for t in part}) == 4 for _, part in made)
 
 
 def test_compare_by_hand(tmp_path):
@@ -289,13 +291,14 @@ def test_host_failures_are_retried_and_never_written(here, monkeypatch, capsys):
     """The host fails twice for one question, always for another: the first gets its answer, the second is missing."""
     real, seen = eval_gaia.rollout, Counter()
 
-    def failing(policy, tasks, *args, **kwargs):
-        groups = real(policy, tasks, *args, **kwargs)
-        for i, task in enumerate(tasks):
-            seen[task.id] += 1
-            if task.id == ids[0] and seen[task.id] <= 2 or task.id == ids[1]:
-                groups[i][0] = replace(groups[i][0], stop_reason="error", answer=task.answer, error="the host")
-        return groups
+    def failing(*args):
+        def ended(t):
+            seen[t.task_id] += 1
+            if t.task_id == ids[0] and seen[t.task_id] <= 2 or t.task_id == ids[1]:
+                t = replace(t, stop_reason="error", answer="1", error="the host")
+            on_end(t)
+        *args, on_end = args
+        real(*args, ended)
     ids = [t.id for t in gaia(here / "GAIA", 4)]
     monkeypatch.setattr(eval_gaia, "rollout", failing)
     assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0
@@ -327,7 +330,7 @@ def test_without_access_to_gaia_the_message_says_how_to_get_it(here, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
     assert main(["--gaia-dir", "hub", "--out", "ev"]) == 2
-    assert "ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
+    assert "Ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
 
 
 def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
@@ -350,7 +353,7 @@ def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
     (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"),
     (["--tools", "none.py"], "no such file"),
     (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"),
-    (["--compare", "run", "run"], "not a file of eval_gaia.py"),
+    (["--compare", "run", "run"], "--compare takes folders of eval_gaia.py"),
     (["--tools", "search.py"], "two tools are called search"), (["--out", "full"], "not empty")])
 def test_bad_input_is_one_line(here, capsys, arguments, complaint):
     (here / "empty").mkdir()

@@ -710,13 +710,13 @@ def test_ctrl_c_while_code_runs_in_plain_mode_closes_its_session():
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_ctrl_c_right_after_an_end_closes_that_session_too(tiny, executor, plain):
-    def pressed(n):
+    def pressed(trajectory):
         raise KeyboardInterrupt
     sessions, tasks = Sessions(executor, lambda number: None), builtin_tasks("train", 4, 0, families=("lookup",))
     for seed in range(5):
         with pytest.raises(KeyboardInterrupt):
             rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny, plain=plain), 2, seed,
-                    SimpleNamespace(update=pressed))
+                    pressed)
     began = time.monotonic()
     while sessions.open and time.monotonic() - began < 5:
         time.sleep(0.05)
@@ -727,13 +727,14 @@ def test_ctrl_c_right_after_an_end_closes_that_session_too(tiny, executor, plain
 def test_progress_and_order(tiny, executor, plain):
     seen, tasks = [], builtin_tasks("train", 3, 3)
     out = rollout(tiny, tasks, executor, BUILTIN_TOOLS, tiny_sampling(tiny, slots=2, plain=plain), 2, 0,
-                  progress=SimpleNamespace(update=seen.append))
-    assert sum(seen) == 6 and [[(t.task_id, t.sample) for t in g] for g in out] == [
+                  on_end=seen.append)
+    assert len(seen) == 6 and {id(t) for t in seen} == {id(t) for group in out for t in group}
+    assert [[(t.task_id, t.sample) for t in g] for g in out] == [
         [(task.id, 0), (task.id, 1)] for task in tasks]
     long = Task("long", "Why? " * 1000, "")
     [[t]] = rollout(tiny, [long], executor, [], tiny_sampling(tiny, plain=plain), 1, 0,
-                    SimpleNamespace(update=seen.append))
-    assert sum(seen) == 7 and t.stop_reason == "context_limit"           # a prompt that does not fit counts, too
+                    seen.append)
+    assert seen[6] is t and t.stop_reason == "context_limit"           # a prompt that does not fit counts, too
 
 
 def test_slots_fit_into_memory(monkeypatch):

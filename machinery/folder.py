@@ -1,0 +1,109 @@
+"""The folder of a run or an evaluation: one process at a time works in it, and nothing in it is ever overwritten.
+
+Owns `alone_in` (the lock), `claim_folder`, and what turns the errors of files into one line: `writing`, `reading`,
+`append`, `replace_file`.
+"""
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from machinery.cli import UserError
+
+
+@contextlib.contextmanager
+def alone_in(out: Path):
+    """No second process works in `out` until this block ends; it gets a UserError instead.
+
+    The lock is an flock: the kernel frees it however this process ends. It lies beside the folder, which may be moved.
+    """
+    name = Path(f"{out.resolve()}.lock")
+    with writing("Or name another --out"):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        file = locked(name, out)
+    with file:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)
+
+
+def locked(name: Path, out: Path):
+    """The locked file of this name. UserError if another process holds it."""
+    while True:
+        file = name.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"--out {out}: process {file.read() or '(unknown)'} works in it; wait for its end, or name "
+                            "another folder") from None
+        except OSError as error:                        # some network file systems have no locks
+            print(f"warning: {name} cannot be locked ({error.strerror}): start no second run in {out}")
+        with contextlib.suppress(FileNotFoundError):    # the last holder has removed it, perhaps: then once more
+            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+                return file
+        file.close()
+
+
+def claim_folder(out: Path, mark: str, what: str):
+    """Make the folder of a new run or evaluation. An older one in it, known by its file `mark`, is moved aside: nothing
+    is ever overwritten."""
+    if out.is_symlink():                                # the folder that it leads to is the locked one
+        out = out.resolve()
+    if out.exists() and any(out.iterdir()):
+        if not (out / mark).exists():
+            raise UserError(f"--out {out} is not empty and holds no {what}: name another folder")
+        aside = next(f"{out}.{i}" for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
+        out.rename(aside)
+        print(f"{out} held another {what}: it was moved to {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing(way_on: str, part: Path | None = None):
+    """What a full disk or a forbidden folder raises, as one line; the unfinished folder `part` is removed.
+    way_on: what is whole, and how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"cannot write ({error}): make room, or mend the folder. {way_on}") from error
+
+
+@contextlib.contextmanager
+def reading(what: str | Path, hint: str = ""):
+    """Whatever a damaged or foreign file raises while it is read and taken apart, as one line that names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    except ImportError as error:
+        raise UserError(f"{what}: {error}: pip install -r requirements-gaia.txt") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        raise UserError(f"{what}: cannot be read: {why[:300]}{hint and '. ' + hint}") from error
+
+
+def append(file: Path, rows: list[dict], way_on: str):
+    """Add lines of JSON to a log."""
+    with writing(way_on), file.open("a") as log:
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def replace_file(file: Path, text: str, way_on: str):
+    """Give a file a new content, in one step."""
+    part = file.with_name(f"{file.name}.partial")
+    with writing(way_on):
+        part.write_text(text)
+        os.replace(part, file)
