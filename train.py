@@ -32,6 +32,7 @@ from machinery import console, ranks
 from machinery.checkpoint import append, begin, keep_best, log_trajectories, restore, resumed, save
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.memory import apply_plan
+from machinery.preflight import check
 from machinery.ranks import everyone
 from machinery.sample_queue import Entry, SampleQueue
 from machinery.versions import warn_of_other_versions
@@ -179,8 +180,7 @@ def solve(run: Run, tasks: list[Task], name: str, temperature: float, samples: i
 def evaluate(run: Run, full: bool) -> dict:
     """Held-out accuracy: greedy, sampled at temperature 1, and (full) pass@8, per family. Core and hard apart.
 
-    A quick evaluation takes every fourth task of each family, and no pass@8; out/best is chosen on those tasks.
-    pass@8 is measured on every eighth.
+    A quick evaluation takes every fourth task of each family; out/best is chosen on those. pass@8: every eighth.
     """
     start = time.perf_counter()
     quick, eighth = every(4, run.heldout), every(8, run.heldout)
@@ -226,8 +226,8 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
     steps: int = option(200, "steps after which the run ends; a step trains on one batch", zero=True)
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
     seed: int = option(0, "seed of everything", zero=True)
-    probe: int = option(0, "sample this many tasks with the untrained model, print whether a run is worth it, end",
-                        zero=True)
+    check: bool = option(False, "print what this run needs and what of it is missing, before any download, and end")
+    probe: int = option(0, "sample this many tasks untrained, print whether a run is worth its hours, end", zero=True)
     quantize: str = option("auto", "of the base; auto: nf4 on a GPU from 1e9 parameters on", ("auto", "none", "nf4"))
     vram: float | None = option(None, "GiB of GPU memory: plans context, slots and token budget where not given")
     lr: float = option(1e-5, "learning rate")
@@ -259,8 +259,7 @@ class QueueConfig:
     half_life: float = option(4.0, "steps in which a queued group's priority halves")
     max_age: int = option(8, "steps after which a queued group is dropped", zero=True)
     max_uses: int = option(4, "updates that a group may take part in", zero=True)
-    max_off_policy: float = option(0.3, "a group leaves with more than this share of off-policy tokens", zero=True,
-                                   flag=False)
+    max_off_policy: float = option(0.3, "a group with more off-policy tokens (share) leaves", zero=True, flag=False)
 
 
 @dataclass
@@ -372,8 +371,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     loaded = load_tools(cfg.tools, web)
     if "web" in (cfg.tools or "").split(",") and rank == 0:
         print(preflight_table(web))
-    if cfg.vram is not None:
-        apply_plan(cfg, settled)
+    apply_plan(cfg, settled)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed, lora_rank=cfg.lora_rank)
     tiny = policy.preset.prompt == "short"
@@ -416,6 +414,8 @@ def command(argv=None):
     """The whole command line. UserError for bad input, and for an out-of-memory that the update could not mend."""
     cfg, given = parse_args(argv)
     try:
+        if cfg.check:
+            return check(*settle(cfg, given))
         ranks.join()
         warn_of_other_versions()
         with Executor(cfg.sandbox) as executor:
