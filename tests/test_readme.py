@@ -126,7 +126,8 @@ def test_every_command_names_a_script_and_flags_that_it_knows(monkeypatch, capsy
 def test_every_flag_that_the_text_names_exists(monkeypatch, capsys):
     known = {"--security-opt"}                                  # Docker's
     for module in (train, eval_gaia, importlib.import_module("scripts.data"), importlib.import_module("scripts.bench")):
-        for section in (["executor"], ["rollout"], ["update"]) if module.__name__ == "scripts.bench" else ([],):
+        benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
+        for section in benchmarks if module.__name__ == "scripts.bench" else ([],):
             monkeypatch.setattr("sys.argv", ["x", *section, "--help"])
             with pytest.raises(SystemExit):
                 module.main()
