@@ -169,6 +169,12 @@ def need_gpu(why: str):
                         "nvidia-smi, or take a smaller model (--model tiny needs none)")
 
 
+def need_bf16():
+    """UserError where the GPU cannot compute in bf16."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
+
+
 def never_repack(model: torch.nn.Module):
     """On CPUs with AVX512-BF16 bitsandbytes repacks NF4 weights in the first eval forward, and no training
     forward can read them afterwards. This is the attribute that it asks before it does so."""
@@ -247,8 +253,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     nf4 = in_nf4(quantize, parameters, on_gpu)
     if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
         dtype = torch.bfloat16 if on_gpu and parameters >= 50e6 else torch.float32
-    if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
+    if dtype == torch.bfloat16 and on_gpu:
+        need_bf16()
     base = load_base(name, nf4, device, dtype, away)
     weights = weights_hash(name)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from machinery.cli import UserError, option
-from machinery.engine import Engine, fitting_slots, refusal, sampling_mode
+from machinery.engine import Engine, fitting_slots, refusal, sample_in_slots, sampling_mode
 from tools import ToolContext, prompt_text
 
 CODE = re.compile(r"```(?:python|py)[^\S\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -270,6 +270,11 @@ class Episode:
         if self.session is not None:
             self.session.close()
 
+    def again(self) -> "Episode":
+        """The same trajectory from its beginning: after an out-of-memory, which ended it."""
+        return Episode(self.task, self.sample, self.seed, self.group, self.prompt, self.chat, self.executor, self.tools,
+                       self.sampling)
+
     def trajectory(self, ids: list[int], mask: list[int], logps: list[float], seconds: float) -> Trajectory:
         return Trajectory(self.task.id, self.sample, self.seed, ids, mask, logps, len(self.prompt),
                           self.turns, self.answer, self.stop_reason, seconds, self.error)
@@ -343,9 +348,11 @@ def sample_all(model, chat: Chat, episodes: list, sampling: Sampling):
         yield from sample_plainly(model, fitting, context, sampling.temperature)
     else:
         slots = min(sampling.slots or fitting_slots(model, context), len(fitting))
-        engine = Engine(model, slots, context, sampling.temperature, chat.may_end_turn, sample_tokens,
-                        sampling.deterministic)
-        yield from engine.sample(fitting)
+
+        def engine(slots: int) -> Engine:
+            return Engine(model, slots, context, sampling.temperature, chat.may_end_turn, sample_tokens,
+                          sampling.deterministic)
+        yield from sample_in_slots(engine, slots, fitting, sampling)
 
 
 def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int,

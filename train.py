@@ -37,8 +37,9 @@ from machinery import console, ranks
 from machinery.checkpoint import begin, keep_best, log_trajectories, restore, resumed, rows_to_keep, save, way_on
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.folder import alone_in, append
+from machinery.live_tools import preflight_table
 from machinery.memory import apply_plan
-from machinery.preflight import preflight_table
+from machinery.preflight import check
 from machinery.ranks import everyone
 from machinery.sample_queue import Entry, SampleQueue
 from machinery.versions import warn_of_other_versions
@@ -184,8 +185,7 @@ def solve(run: Run, tasks: list[Task], name: str, temperature: float, samples: i
 def evaluate(run: Run, full: bool) -> dict:
     """Held-out accuracy: greedy, sampled at temperature 1, and (full) pass@8, per family. Core and hard apart.
 
-    A quick evaluation takes every fourth task of each family, and no pass@8; out/best is chosen on those tasks.
-    pass@8 is measured on every eighth.
+    A quick evaluation takes every fourth task of each family; out/best is chosen on those. pass@8: every eighth.
     """
     start = time.perf_counter()
     quick, eighth = every(4, run.heldout), every(8, run.heldout)
@@ -207,6 +207,7 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
     steps: int = option(200, "steps after which the run ends; a step trains on one batch", zero=True)
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
     seed: int = option(0, "seed of everything", zero=True)
+    check: bool = option(False, "print what this run needs and what of it is missing, before any download, and end")
     probe: int = option(0, "sample N tasks with the untrained model, say if a run is worth it, end", zero=True)
     quantize: str = option("auto", "of the base; auto: nf4 on a GPU from 1e9 parameters on", ("auto", "none", "nf4"))
     vram: float | None = option(None, "GiB of GPU memory: plans context, slots and token budget where not given")
@@ -354,8 +355,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     tasks, heldout = split_tasks(data, cfg.eval_tasks, cfg.seed, cfg.difficulty)
     web = open_web(cfg.cache)
     loaded = load_tools(cfg.tools, web)
-    if cfg.vram is not None:
-        apply_plan(cfg, settled)
+    apply_plan(cfg, settled)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed, lora_rank=cfg.lora_rank)
     tiny = policy.preset.prompt == "short"
@@ -404,6 +404,8 @@ def command(argv=None):
     cfg, given = parse_args(argv)
     run = None
     try:
+        if cfg.check:
+            return check(*settle(cfg, given))
         ranks.join()
         warn_of_other_versions()
         alone = contextlib.nullcontext() if cfg.probe or ranks.world()[0] else alone_in(Path(cfg.out))

@@ -121,7 +121,7 @@ def begin(run, inherited: dict):
 
 
 # may differ on --resume; the last three only bound memory
-RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every", "vram", "slots", "token_budget"}
+RESUMABLE = {"resume", "check", "steps", "max_hours", "out", "sandbox", "show_every", "vram", "slots", "token_budget"}
 
 
 def resumed(cfg, given: set[str]):

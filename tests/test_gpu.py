@@ -18,6 +18,7 @@ from grpo import GRPOConfig, make_optimizer, update
 from machinery.checkpoint import pack_optimizer, unpack_optimizer
 from machinery.engine import attend
 from machinery.fast_layers import fast_layers
+from machinery import preflight
 from machinery.memory import memory
 from naive_update import random_batch
 from policy import Policy, Preset, model_config, never_repack
@@ -65,6 +66,12 @@ def stir(network):
         for p in network.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
+
+
+def test_the_check_before_a_download_finds_card_driver_and_kernel():
+    lines = [preflight.card(not ON_CPU, 7.6e9), preflight.driver(not ON_CPU), preflight.nf4_kernel("nf4", 7.6e9)]
+    FIGURES["check"] = {line.what: line.found for line in lines}
+    assert [line.state for line in lines] == ["ok"] * 3
 
 
 def test_the_layout_of_masked_attention_is_reshaped():

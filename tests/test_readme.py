@@ -131,7 +131,8 @@ def test_every_flag_that_the_text_names_exists(monkeypatch, capsys):
     known = {"--security-opt", "--enable-lora"}                 # Docker's, vLLM's
     scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench")]
     for module in (train, eval_gaia, ask, report, *scripts):
-        for section in (["executor"], ["rollout"], ["update"]) if module.__name__ == "scripts.bench" else ([],):
+        benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
+        for section in benchmarks if module.__name__ == "scripts.bench" else ([],):
             monkeypatch.setattr("sys.argv", ["x", *section, "--help"])
             with pytest.raises(SystemExit):
                 module.main()
