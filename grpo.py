@@ -327,15 +327,8 @@ def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperat
                 micro.ref, _ = micro.logps(policy, temperature)
 
 
-def accumulate(
-    policy: Policy,
-    minibatch: list[MicroBatch],
-    cfg: GRPOConfig,
-    temperature: float,
-    token_limit: int,
-    tokens: float,
-    sequences: float,
-):
+def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperature: float, token_limit: int,
+               tokens: float, sequences: float):
     """This rank's gradients of an optimiser step: (sums over its loss tokens, rows that are *not finite*)."""
     policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, not_finite = Counter(), []
