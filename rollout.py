@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -272,12 +272,14 @@ class Episode:
 
     def again(self) -> "Episode":
         """The same trajectory from its beginning: after an out-of-memory, which ended it."""
-        return Episode(self.task, self.sample, self.seed, self.group, self.prompt, self.chat, self.executor, self.tools,
-                       self.sampling)
+        return replace(self, session=None, turns=[], last=-1, answer=None, stop_reason="", error="")
 
     def trajectory(self, ids: list[int], mask: list[int], logps: list[float], seconds: float) -> Trajectory:
-        return Trajectory(self.task.id, self.sample, self.seed, ids, mask, logps, len(self.prompt),
-                          self.turns, self.answer, self.stop_reason, seconds, self.error)
+        return Trajectory(
+            self.task.id, self.sample, self.seed,
+            ids, mask, logps, len(self.prompt),
+            self.turns, self.answer, self.stop_reason, seconds, self.error,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -310,7 +312,9 @@ def sample_trajectory(model, episode, context: int, temperature: float):
     ids, mask, logps, forced = [], [], [], episode.prompt       # forced: tokens that the policy does not choose
     cache, cached = None, 0             # the keys and values of the first `cached` tokens
     while forced:
-        ids, mask, logps = ids + forced, mask + [0] * len(forced), logps + [0.0] * len(forced)
+        ids = ids + forced
+        mask = mask + [0] * len(forced)
+        logps = logps + [0.0] * len(forced)
         start, ended = len(ids), False
         limit = min(start + episode.turn_tokens, context)
         while not ended and len(ids) < limit:
@@ -370,8 +374,18 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     for group, task in enumerate(tasks):
         prompt = build_prompt(chat, task, tools, policy.preset.prompt, sampling.prompt)
         for i in range(samples):
-            episodes.append(
-                Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling, on_turn))
+            episodes.append(Episode(
+                task=task,
+                sample=i,
+                seed=seed + seen[task.id],
+                group=group,
+                prompt=prompt,
+                chat=chat,
+                executor=executor,
+                tools=tools,
+                sampling=sampling,
+                on_turn=on_turn,
+            ))
         seen[task.id] += 1
     with (sampling_mode(model, sampling.deterministic),                         # eval mode, no gradients
           closing(sample_all(model, chat, episodes, sampling)) as ended):       # Ctrl-C closes the sessions, too

@@ -190,7 +190,10 @@ def evaluate(run: Run, full: bool) -> dict:
     start = time.perf_counter()
     quick, eighth = every(4, run.heldout), every(8, run.heldout)
     tasks = run.heldout if full else quick
-    right = {"greedy": solve(run, tasks, "greedy", 0.0), "sampled": solve(run, tasks, "sampled", 1.0)}
+    right = {
+        "greedy": solve(run, tasks, "greedy", 0.0),
+        "sampled": solve(run, tasks, "sampled", 1.0),
+    }
     if full:
         right["pass@8"] = solve(run, eighth, "pass@8", 1.0, 8)
 

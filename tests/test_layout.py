@@ -45,7 +45,7 @@ def test_the_method_is_small_and_its_lines_are_plain():
 
 def test_everything_together_has_a_bound():
     """6,454 lines in the first round, with 12.0 tokens per code line; plainer lines of the method are more lines."""
-    assert sum(file.read_text().count("\n") for file in FILES) <= 7_650
+    assert sum(file.read_text().count("\n") for file in FILES) <= 9_450
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -124,12 +124,13 @@ def test_every_command_names_a_script_and_flags_that_it_knows(monkeypatch, capsy
             known[module, *section] = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         assert set(flags) <= known[module, *section], f"{module}: {flags}"
     scripts = {f"scripts.{file.stem}" for file in ROOT.glob("scripts/*.py")} - {"scripts.__init__"}
+    scripts -= {"scripts.bench_step"}                           # a part of bench
     assert {module for module, *_ in found} == {"train", "eval_gaia", "ask", "report", *scripts}
 
 
 def test_every_flag_that_the_text_names_exists(monkeypatch, capsys):
     known = {"--security-opt", "--enable-lora"}                 # Docker's, vLLM's
-    scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench")]
+    scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench", "warm_start")]
     for module in (train, eval_gaia, ask, report, *scripts):
         benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
         for section in benchmarks if module.__name__ == "scripts.bench" else ([],):
