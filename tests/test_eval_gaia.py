@@ -95,7 +95,7 @@ def test_the_llm_judges_every_answer_beside_the_other_judges():
         found = [record_of(task, trajectory(answer=a), [], judge) for a in answers]
         assert record_of(task, trajectory("error", "Darwin"), [], judge)["llm"] is None and len(server.requests) == 3
     assert [r["llm"] for r in found] == [True, False, True, None]
-    assert [r["heuristic"] for r in found] == ["right", "wrong", "unsure", "wrong"]
+    assert [r["heuristic"] for r in found] == ["right", "unsure", "unsure", "wrong"]
     assert [r["official"] for r in found] == [True, False, False, False]
     assert [r["category"] for r in found] == ["right", "wrong", "format_only", "no_code"]
     assert record_of(task, trajectory(answer="Darwin"), [], Judge())["llm"] is None
