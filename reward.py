@@ -273,7 +273,7 @@ def fold(text: str) -> str:
     """Makes texts alike that differ in case or in a sign that carries no meaning. Words of one or two letters keep
     their case: Co is not CO."""
     text = re.sub("^[Tt]he ", "", text)
-    text = re.sub(r"\b([A-Z])\. ?(?=[A-Z]\.)", r"\1", text)              # J. R. R. Tolkien
+    text = re.sub(r"\b([A-Z])\. ?(?=[A-Z](?:\.|$))", r"\1", text)        # J. R. R. Tolkien, U.S
     text = re.sub(rf"(?<={LETTER})\.(?= |$)", "", text)                  # St. Ives
     text = re.sub(rf"\b:(?= {LETTER})", "", text)                        # 2001: A Space Odyssey
     text = re.sub(r"(?<=\b[A-Z])'(?=[A-Z])", "", text)                   # O'Brien

@@ -64,7 +64,7 @@ def run_tests(copy: Path, *options: str) -> tuple[bool, str]:
 
 def fast_first(copy: Path, test: str) -> list[str]:
     """The file's tests, the fast ones first: most mutants are killed in a few seconds."""
-    passed, printed = run_tests(copy, test, "--durations=0", "-vv")
+    passed, printed = run_tests(copy, test, "--durations=0", "-vvv")
     if not passed:
         raise SystemExit(f"{test} fails without any change")
     seconds = defaultdict(float)

@@ -97,6 +97,26 @@ def test_drops_old_used_up_and_off_policy():
     assert queue.stats(3)["queue_off_policy"] == 1
 
 
+def test_stats_by_hand():
+    queue = filled([0.5, 0.5], step=0)
+    queue.admit("later", 0.5, any_right=True, step=3)
+    queue.entries[0].uses = 4
+    counts = {"queue_admitted": 3, "queue_evicted": 0, "queue_too_old": 0, "queue_used_up": 0, "queue_off_policy": 0}
+    assert queue.stats(5) == {"queue_size": 3, "queue_age": (5 + 5 + 2) / 3, "queue_uses": (4 + 1 + 1) / 3, **counts}
+    nothing = {"queue_size": 0, "queue_age": 0, "queue_uses": 0, **counts, "queue_admitted": 0}
+    assert make_queue().stats(5) == nothing
+
+
+def test_a_group_at_a_bound_stays():
+    queue = filled([0.5], step=1, max_age=2, max_uses=2, capacity=1)
+    queue.draw(0, step=3, rng=random.Random(0))                    # age 2
+    queue.report_off_policy(queue.entries[0], 0.3)
+    assert len(queue) == 1
+    queue.draw(0, step=4, rng=random.Random(0))
+    assert len(queue) == 0 and queue.counts["too_old"] == 1
+    assert queue.draw(-1, step=4, rng=random.Random(0)) == []      # no place is free
+
+
 def test_state_continues_where_it_was():
     one = filled([0.5, 0.4, 0.3], max_uses=9)
     one.draw(2, 0, random.Random(1))
