@@ -4,9 +4,8 @@
     python train.py --model Qwen2.5-7B --data FILE     # QLoRA on one GPU
 
 Owns the loop, the evaluation during training, `Config` (all settings) and the command line. Read in this order: `train`
-and the verbs as it calls them, `finish_step`, `evaluate`, `Config`; the rest sets up a run. The mathematics is in
-grpo.py, sampling in rollout.py, the replay rule in queue.py. What a run prints (machinery/console.py) and how it is
-saved (machinery/checkpoint.py) can be skipped.
+and the verbs as it calls them, `finish_step`, `evaluate`, `Config`; the rest sets up a run, and machinery/ can be
+skipped. The mathematics is in grpo.py, sampling in rollout.py, the replay rule in queue.py.
 
 No random generator has a state here. Every random choice follows from (seed, step, ...): a trajectory's stream from its
 task and number, the replay from the step, the order of the tasks from the epoch. So a resumed run needs only counters,
@@ -142,11 +141,9 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 def finish_step(run: Run):
-    """Evaluate if it is time, then write the step's line of metrics.jsonl.
-
-    The checkpoint was saved before, with the step's metrics as `pending`. If a kill comes between, --resume does this
-    again, after it has cut the logs back to their length at the checkpoint: so there is exactly one line per step.
-    """
+    """Evaluate if it is time, then write the step's line of metrics.jsonl. The checkpoint was saved before, with the
+    step's metrics as `pending`. If a kill comes between, --resume does this again, after it has cut the logs back to
+    their length at the checkpoint: so there is exactly one line per step."""
     run.ended = run.step >= run.cfg.steps or console.out_of_time(run)
     full = run.step == 0 or run.ended
     if full or run.step % run.cfg.eval_every == 0:
@@ -176,15 +173,16 @@ def solve(run: Run, tasks: list[Task], name: str, temperature: float, samples: i
 
 
 def evaluate(run: Run, full: bool) -> dict:
-    """Held-out accuracy: greedy, sampled at temperature 1, and (full) pass@8, per family. Core and hard apart.
-
-    A quick evaluation takes every fourth task of each family, and no pass@8; out/best is chosen on those tasks.
-    pass@8 is measured on every eighth.
+    """Held-out accuracy: greedy, sampled at temperature 1, and (full; on every eighth task) pass@8, per family. Core
+    and hard apart. A quick evaluation takes every fourth task of each family; out/best is chosen on those tasks.
     """
     start = time.perf_counter()
     quick, eighth = every(4, run.heldout), every(8, run.heldout)
     tasks = run.heldout if full else quick
-    right = {"greedy": solve(run, tasks, "greedy", 0.0), "sampled": solve(run, tasks, "sampled", 1.0)}
+    right = {
+        "greedy": solve(run, tasks, "greedy", 0.0),
+        "sampled": solve(run, tasks, "sampled", 1.0),
+    }
     if full:
         right["pass@8"] = solve(run, eighth, "pass@8", 1.0, 8)
 
@@ -225,7 +223,8 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
     steps: int = option(200, "steps after which the run ends; a step trains on one batch", zero=True)
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
     seed: int = option(0, "seed of everything", zero=True)
-    probe: int = option(0, "sample this many tasks with the untrained model, print if a run pays, end", zero=True)
+    probe: int = option(0, "sample this many tasks with the untrained model, print whether a run is worth it, end",
+                        zero=True)
     quantize: str = option("auto", "of the base; auto: nf4 on a GPU from 1e9 parameters on", ("auto", "none", "nf4"))
     vram: float | None = option(None, "GiB of GPU memory: plans context, slots and token budget where not given")
     lr: float = option(1e-5, "learning rate")
@@ -259,7 +258,8 @@ class QueueConfig:
     half_life: float = option(4.0, "steps in which a queued group's priority halves")
     max_age: int = option(8, "steps after which a queued group is dropped", zero=True)
     max_uses: int = option(4, "updates that a group may take part in", zero=True)
-    max_off_policy: float = option(0.3, "a group leaves above this share of off-policy tokens", zero=True, flag=False)
+    max_off_policy: float = option(0.3, "a group leaves with more than this share of off-policy tokens", zero=True,
+                                   flag=False)
 
 
 @dataclass
@@ -390,8 +390,10 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     elif not cfg.probe:
         sampling = {f.name: getattr(cfg, f.name) for f in fields(Sampling)} | {"temperature": 0.0}
         run.pending = dict.fromkeys(console.NUMBERS) | {"step": 0, "online_trajectories": 0}
-        begin(run, {"config": asdict(cfg), "model": policy.name, "prompt": policy.preset.prompt, "tools": cfg.tools,
-                    "quantize": cfg.quantize, "sampling": sampling})
+        begin(run, {
+            "config": asdict(cfg), "model": policy.name, "prompt": policy.preset.prompt, "tools": cfg.tools,
+            "quantize": cfg.quantize, "sampling": sampling,
+        })
     return run
 
 
