@@ -4,9 +4,8 @@
     python train.py --model Qwen2.5-7B --data FILE     # QLoRA on one GPU
 
 Owns the loop, the evaluation during training, `Config` (all settings) and the command line. Read in this order: `train`
-and the verbs as it calls them, `finish_step`, `evaluate`, `Config`; the rest sets up a run. The mathematics is in
-grpo.py, sampling in rollout.py, the replay rule in queue.py. What a run prints (machinery/console.py) and how it is
-saved (machinery/checkpoint.py) can be skipped.
+and the verbs as it calls them, `finish_step`, `evaluate`, `Config`; the rest sets up a run, and machinery/ can be
+skipped. The mathematics is in grpo.py, sampling in rollout.py, the replay rule in queue.py.
 
 No random generator has a state here. Every random choice follows from (seed, step, ...): a trajectory's stream from its
 task and number, the replay from the step, the order of the tasks from the epoch. So a resumed run needs only counters,
@@ -149,11 +148,9 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 def finish_step(run: Run):
-    """Evaluate if it is time, then write the step's line of metrics.jsonl.
-
-    The checkpoint was saved before, with the step's metrics as `pending`. If a kill comes between, --resume does this
-    again, after it has cut the logs back to their length at the checkpoint: so there is exactly one line per step.
-    """
+    """Evaluate if it is time, then write the step's line of metrics.jsonl. The checkpoint was saved before, with the
+    step's metrics as `pending`. If a kill comes between, --resume does this again, after it has cut the logs back to
+    their length at the checkpoint: so there is exactly one line per step."""
     run.ended = run.step >= run.cfg.steps or console.out_of_time(run)
     full = run.step == 0 or run.ended
     if full or run.step % run.cfg.eval_every == 0:
@@ -247,7 +244,8 @@ class QueueConfig:
     half_life: float = option(4.0, "steps in which a queued group's priority halves")
     max_age: int = option(8, "steps after which a queued group is dropped", zero=True)
     max_uses: int = option(4, "updates that a group may take part in", zero=True)
-    max_off_policy: float = option(0.3, "a group leaves above this share of off-policy tokens", zero=True, flag=False)
+    max_off_policy: float = option(0.3, "a group leaves with more than this share of off-policy tokens", zero=True,
+                                   flag=False)
 
 
 @dataclass
@@ -382,8 +380,15 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     elif not cfg.probe:
         sampling = {f.name: getattr(cfg, f.name) for f in fields(Sampling)} | {"temperature": 0.0}
         run.pending = dict.fromkeys(console.NUMBERS) | {"step": 0, "online_trajectories": 0}
-        begin(run, {"config": asdict(cfg), "model": policy.name, "base_weights": policy.base_weights,
-                    "prompt": policy.preset.prompt, "tools": cfg.tools, "quantize": cfg.quantize, "sampling": sampling})
+        begin(run, {
+            "config": asdict(cfg),
+            "model": policy.name,
+            "base_weights": policy.base_weights,
+            "prompt": policy.preset.prompt,
+            "tools": cfg.tools,
+            "quantize": cfg.quantize,
+            "sampling": sampling,
+        })
     return run
 
 
