@@ -29,8 +29,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from policy import head_size                        # first: it silences a message of what the next line imports
 from machinery.fast_layers import fast_layers
-from policy import head_size
 
 
 class Episode(Protocol):
