@@ -186,8 +186,10 @@ def kept(file: Path, policy: Policy, optimizer, settings: dict[str, str]) -> int
             raise UserError(f"{file} is of a warm start with other settings, {found}: delete it, or name another --out")
         for i, parameter in enumerate(policy.trainable()):
             parameter.data.copy_(saved.get_tensor(f"{i}.weight"))
-            names = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {name: saved.get_tensor(f"{i}.{name}") for name in names}
+            optimizer.state[parameter] = {
+                "step": saved.get_tensor(f"{i}.step"),
+                "exp_avg": saved.get_tensor(f"{i}.exp_avg").to(parameter.device),
+                "exp_avg_sq": saved.get_tensor(f"{i}.exp_avg_sq").to(parameter.device)}
     return step
 
 
