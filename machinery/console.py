@@ -108,7 +108,8 @@ def show_step(run):
     """The step's line, its warnings, the held-out accuracy."""
     m = run.pending
     if run.step:
-        run.say(STEP_LINE.format(**{k: float("nan") if v is None else v for k, v in m.items()}))
+        line = STEP_LINE.format(**{k: float("nan") if v is None else v for k, v in m.items()})
+        run.say(line.replace(" nan", " -"))           # not measured, such as the KL where beta is 0
         for warning in m.get("warnings", []):         # a checkpoint of an older version has none
             run.say(f"  warning: {warning}")
     if "heldout_greedy" in m:

@@ -139,7 +139,7 @@ def convert_gguf(file: Path, folder: Path):
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         config = read.config.to_dict()
-        del config["quantization_config"]           # the weights are plain now; with it transformers saves nothing
+        config.pop("quantization_config", None)     # the weights are plain now; with it transformers saves nothing
         model = type(read)(type(read.config)(**config)).to(torch.bfloat16)
         model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
@@ -186,8 +186,10 @@ def kept(file: Path, policy: Policy, optimizer, settings: dict[str, str]) -> int
             raise UserError(f"{file} is of a warm start with other settings, {found}: delete it, or name another --out")
         for i, parameter in enumerate(policy.trainable()):
             parameter.data.copy_(saved.get_tensor(f"{i}.weight"))
-            names = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {name: saved.get_tensor(f"{i}.{name}") for name in names}
+            optimizer.state[parameter] = {
+                "step": saved.get_tensor(f"{i}.step"),
+                "exp_avg": saved.get_tensor(f"{i}.exp_avg").to(parameter.device),
+                "exp_avg_sq": saved.get_tensor(f"{i}.exp_avg_sq").to(parameter.device)}
     return step
 
 
@@ -218,8 +220,9 @@ def warm_start(base: str, args, steps: int):
                 bar.write(f"step {step + 1}/{steps} loss {loss:.3f} {spent:.0f} CPU-s")
             bar.update(1)
     merged = policy.model.eval().merge_and_unload()     # in fp32: the adapter of the training to come begins at 0
-    merged.save_pretrained(out)
-    policy.tokenizer.save_pretrained(out)
+    merged.save_pretrained(f"{out}.new")
+    policy.tokenizer.save_pretrained(f"{out}.new")
+    os.replace(f"{out}.new", out)                       # whole or not at all
     progress.unlink(missing_ok=True)
     print(f"{out}: train it with: python train.py --model {out}")
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -472,6 +473,13 @@ def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
     assert run("--out", out, "--steps", 500, "--max-hours", 8 / 3600, *SMALL) == 0
     rows = lines(out / "metrics.jsonl")
     assert rows[-1]["step"] < 500 and "heldout_pass8" in rows[-1]
+
+
+def test_what_was_not_measured_is_a_dash_in_the_steps_line():
+    said, numbers = [], dict.fromkeys(re.findall(r"{(\w+)", console.STEP_LINE), 0)
+    m = numbers | {"step": 3, "kl": None}                   # --beta 0: there is no KL
+    console.show_step(SimpleNamespace(step=3, pending=m, history=[m], say=said.append))
+    assert "kl - clip 0.000" in said[0] and "nan" not in said[0]
 
 
 # --------------------------------------------------------------------------------------------------- small parts
