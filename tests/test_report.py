@@ -592,6 +592,12 @@ def nothing_acted(page):
     assert not [name for name in attributes if name.startswith("on") or name in ("src", "action", "srcdoc")]
     assert all(re.fullmatch(r"#[a-z]+(-\d+)*", link) for link in links)
     assert page.evaluate("document.querySelectorAll('script, style, meta, form').length") <= 8
+    assert not page.evaluate("""() => {                          // nothing unseen, nothing that turns the writing
+        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+        while (walker.nextNode()) found.push(walker.currentNode.data);
+        const unseen = /[\\u202a-\\u202e\\u2066-\\u2069\\u200b-\\u200f\\u2060\\ufeff\\u00ad\\u0000\\u001b\\u3164]/;
+        return unseen.test(found.join(""));
+    }""")
 
 
 @pytest.mark.browser

@@ -107,7 +107,7 @@ def test_run_json_holds_what_evaluation_inherits(finished):
 
 def test_no_pickle_anywhere(finished):
     kinds = {path.suffix for path in finished.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".md", ".jinja", ".html"}
 
 
 # ------------------------------------------------------------------------------------------------ resume (trap 10)
