@@ -40,6 +40,8 @@ def test_priority_by_hand():
     assert queue.priority(entry, step=4) == pytest.approx(0.4 / 2 / 2)
     entry.uses = 3
     assert queue.priority(entry, step=8) == pytest.approx(0.4 / 4 / 4)
+    younger = filled([0.4], step=4, half_life=4.0).entries[0]
+    assert queue.priority(younger, step=8) == pytest.approx(0.4 / 2 / 2)    # 4 steps old, one use
 
 
 def test_evicts_the_lowest_priority_and_on_a_tie_the_oldest():
