@@ -101,6 +101,7 @@ def test_stats_by_hand():
     assert queue.stats(5) == {"queue_size": 3, "queue_age": (5 + 5 + 2) / 3, "queue_uses": (4 + 1 + 1) / 3, **counts}
     nothing = {"queue_size": 0, "queue_age": 0, "queue_uses": 0, **counts, "queue_admitted": 0}
     assert make_queue().stats(5) == nothing
+    assert filled([0.5], step=0).stats(5)["queue_age"] == 5
 
 
 def test_a_group_at_a_bound_stays():
