@@ -140,7 +140,7 @@ UNITS = {name: (dimension, Fraction(factor))
 ASKING = ("in", "many", "much", "what", "more", "total", "us", "rounded")    # words before a unit that is asked for
 
 
-@dataclass(frozen=True)
+@dataclass
 class Quantity:
     """A number, wholly understood; exact, so that 20 digits are compared as 20 digits."""
     value: Fraction                      # in the unit of its dimension that has factor 1

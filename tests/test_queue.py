@@ -46,6 +46,8 @@ def test_priority_by_hand():
     assert queue.priority(entry, step=4) == pytest.approx(0.4 / 2 / 2)
     entry.uses = 3
     assert queue.priority(entry, step=8) == pytest.approx(0.4 / 4 / 4)
+    younger = filled([0.4], step=4, half_life=4.0).entries[0]
+    assert queue.priority(younger, step=8) == pytest.approx(0.4 / 2 / 2)    # 4 steps old, one use
 
 
 def test_evicts_the_lowest_priority_and_on_a_tie_the_oldest():
@@ -105,6 +107,7 @@ def test_stats_by_hand():
     assert queue.stats(5) == {"queue_size": 3, "queue_age": (5 + 5 + 2) / 3, "queue_uses": (4 + 1 + 1) / 3, **counts}
     nothing = {"queue_size": 0, "queue_age": 0, "queue_uses": 0, **counts, "queue_admitted": 0}
     assert make_queue().stats(5) == nothing
+    assert filled([0.5], step=0).stats(5)["queue_age"] == 5
 
 
 def test_a_group_at_a_bound_stays():

@@ -132,12 +132,12 @@ def test_hard_pairs_by_hand(capsys, names, right_called_right):
 
 FORMS = [    # gold, answer, verdict; the question asks for nothing but what stands before a colon
     ("19", "nineteen", "right"), ("88", "eighty-eight", "right"), ("88", "eighty eight", "right"),
-    ("0", "zero", "right"), ("30", "thirty", "right"), ("-7", "Minus seven", "right"), ("200", "2 hundred", "right"),
-    ("7", "+7", "right"), ("3000", "three thousand", "right"), ("4000000", "4 Million", "right"),
-    ("5000000000", "5 billion", "right"), ("6000000000000", "6 trillion", "right"), ("6000", "6e3", "right"),
-    ("6000", "6 x 10^3", "right"), ("600", "6 x 102", "unsure"), ("12345", "12,345", "right"),
-    ("100", "0,100", "unsure"), ("17", "17.", "right"), ("17", "18", "wrong"), ("17", "-17", "wrong"),
-    ("3.14", "3.141", "unsure"), ("3.14", "3.15", "wrong"), ("3.141", "3.142", "wrong"),
+    ("0", "zero", "right"), ("30", "thirty", "right"), ("30", "twenty ten", "unsure"), ("-7", "Minus seven", "right"),
+    ("200", "2 hundred", "right"), ("7", "+7", "right"), ("3000", "three thousand", "right"),
+    ("4000000", "4 Million", "right"), ("5000000000", "5 billion", "right"), ("6000000000000", "6 trillion", "right"),
+    ("6000", "6e3", "right"), ("6000", "6 x 10^3", "right"), ("600", "6 x 102", "unsure"),
+    ("12345", "12,345", "right"), ("100", "0,100", "unsure"), ("17", "17.", "right"), ("17", "18", "wrong"),
+    ("17", "-17", "wrong"), ("3.14", "3.149", "unsure"), ("3.14", "3.15", "wrong"), ("3.141", "3.142", "wrong"),
     ("3 million", "3400000", "unsure"), ("3 million", "4000000", "wrong"), ("5", "500", "unsure"),
     ("500", "5", "unsure"), ("5", "5000", "unsure"), ("5000", "5", "unsure"), ("5", "50", "wrong"),
     ("5", "50000", "wrong"), ("50000", "5", "wrong"), ("5", "5000000", "unsure"), ("5", "500000000", "wrong"),

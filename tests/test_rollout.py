@@ -540,6 +540,14 @@ def test_a_turn_ends_with_the_token_that_completes_the_fence():
     assert episode.ended([episode.chat.turn_end])
 
 
+def test_the_settings_where_nothing_is_said():
+    settings = {f.name: f for f in dataclasses.fields(Sampling)}
+    assert {name: f.default for name, f in settings.items()} == {
+        "temperature": 1.0, "max_turns": 6, "turn_tokens": 1024, "context_tokens": 8192, "observation_tokens": 2000,
+        "slots": None, "deterministic": False, "plain": False}
+    assert all(f.metadata["flag"] and not f.metadata["zero"] for f in settings.values())
+
+
 def test_limits_are_told_apart(executor):
     chat, task = Chat(TOKENIZER), Task("t", "?", "")
     prompt = build_prompt(chat, task, [], "short")
@@ -552,7 +560,8 @@ def test_limits_are_told_apart(executor):
         [[plain]] = rollout(as_policy(model), [task], executor, [], dataclasses.replace(sampling, plain=True), 1, 0)
         assert same(plain, t)
         assert t.ids == ids[:len(t.ids)] and t.mask == mask[:len(t.ids)] and t.answer is None
-        assert t.turns or t.ids == prompt
+        assert t.turns or (t.ids, t.logps, t.seconds) == (prompt, [0.0] * len(prompt), 0.0)
+        assert len(t.logps) == len(t.ids) and all(turn.seconds == 0 for turn in t.turns if turn.status == "")
         return t.stop_reason, len(t.ids), len(t.turns)
     whole, one = len(ids), len(prompt) + len(first)
     assert end(max_turns=2) == ("turn_limit", whole, 2)

@@ -13,6 +13,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Literal, Optional
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -23,7 +24,7 @@ from machinery.cli import UserError, exit_status
 from machinery.documents import WebError, to_text
 from machinery.text import holds_benchmark
 from machinery.web import Cache, Web, check_address, open_web
-from tools import Tool, ToolContext, ToolError, load_tools, preflight, prompt_text, tool, visit
+from tools import Tool, ToolContext, ToolError, fits, known, load_tools, preflight, prompt_text, tool, visit
 
 for package in ("markitdown", "pypdf", "openpyxl"):
     pytest.importorskip(package, reason="pip install -r requirements-gaia.txt")
@@ -57,6 +58,23 @@ def test_state_belongs_to_the_trajectory():
 def test_arguments_are_checked(args, kwargs, complaint):
     with pytest.raises(ToolError, match=complaint):
         shout.bind(ToolContext())(*args, **kwargs)
+
+
+@pytest.mark.parametrize("hint, fitting, others", [
+    (Any, [1, None, "a", [{}]], []), (str, ["a"], [1, None]), (int, [1], [True, 1.0, "1"]),
+    (float, [1.0, 1], [True, "1"]), (bool, [True], [1, None]), (type(None), [None], [0]),
+    (int | None, [1, None], [True, "1"]), (Optional[str], ["a", None], [1]),
+    (Literal[1, "a"], [1, "a"], [True, 1.0, 2, "b"]),
+    (list, [[], ["a", 1]], ["a", None]), (list[int], [[], [1, 2]], [["a"], [1, "a"], 1, "a"]),
+    (list[list[int]], [[[1], []]], [[1], [["a"]]]), (dict, [{}, {"a": 1}], [[]]),
+    (dict[str, int], [{}, {"a": 1}], [{"a": "b"}, {1: 1}, {"a": 1, "b": "c"}, "a", []])])
+def test_values_of_each_type_by_hand(hint, fitting, others):
+    assert known(hint) and all(fits(value, hint) for value in fitting)
+    assert not any(fits(value, hint) for value in others)
+
+
+def test_types_that_cannot_be_checked():
+    assert not any(known(hint) for hint in (Path, bytes, set, list[Path], dict[str, bytes], int | Path, Literal[b"x"]))
 
 
 def no_docstring(x: str) -> str:

@@ -520,6 +520,12 @@ def test_given_flags_are_told_from_defaults():
     assert given == {"steps", "deterministic"} and cfg.steps == 7 and cfg.model == "tiny"
 
 
+def test_the_queue_where_nothing_is_said():
+    cfg, _ = parse_args([])
+    assert (cfg.queue_size, cfg.replay_share, cfg.half_life, cfg.max_age, cfg.max_uses) == (64, 0.5, 4.0, 8, 4)
+    assert cfg.max_off_policy == 0.3
+
+
 def test_learning_rate_by_hand():
     cfg = Config(lr=1.0, warmup=4, schedule="cosine", decay_steps=14)
     assert [learning_rate(cfg, s) for s in (1, 2, 4)] == [0.25, 0.5, 1.0]
