@@ -68,13 +68,13 @@ CORE = {
     "queue-positive": (f"{QUEUE} --replay positive", ""),
 }
 OTHERS = {
-    "off-12, 12 epochs": ("--queue-size 0 --epochs 12", ""),
-    "off-4, 12 epochs": ("--queue-size 0 --groups 4 --epochs 12", ""),
-    "queue-positive, no weight": (f"{QUEUE} --replay positive", "no weight"),
-    "queue-positive, uniform": (f"{QUEUE} --replay positive", "uniform"),
-    "off-12, 1 epoch": ("--queue-size 0 --epochs 1", ""),
-    "off-12, 2 epochs": ("--queue-size 0 --epochs 2", ""),
-    "off-12, 4 epochs": ("--queue-size 0 --epochs 4", ""),
+    "off-12 12 epochs": ("--queue-size 0 --epochs 12", ""),
+    "off-4 12 epochs": ("--queue-size 0 --groups 4 --epochs 12", ""),
+    "queue-positive no weight": (f"{QUEUE} --replay positive", "no weight"),
+    "queue-positive uniform": (f"{QUEUE} --replay positive", "uniform"),
+    "off-12 1 epoch": ("--queue-size 0 --epochs 1", ""),
+    "off-12 2 epochs": ("--queue-size 0 --epochs 2", ""),
+    "off-12 4 epochs": ("--queue-size 0 --epochs 4", ""),
     "shipped": ("--resample 2", ""),
 }
 ARMS = CORE | OTHERS
