@@ -68,13 +68,13 @@ CORE = {
     "queue-positive": (f"{QUEUE} --replay positive", ""),
 }
 OTHERS = {
-    "off-12, 12 epochs": ("--queue-size 0 --epochs 12", ""),
-    "off-4, 12 epochs": ("--queue-size 0 --groups 4 --epochs 12", ""),
-    "queue-positive, no weight": (f"{QUEUE} --replay positive", "no weight"),
-    "queue-positive, uniform": (f"{QUEUE} --replay positive", "uniform"),
-    "off-12, 1 epoch": ("--queue-size 0 --epochs 1", ""),
-    "off-12, 2 epochs": ("--queue-size 0 --epochs 2", ""),
-    "off-12, 4 epochs": ("--queue-size 0 --epochs 4", ""),
+    "off-12 12 epochs": ("--queue-size 0 --epochs 12", ""),
+    "off-4 12 epochs": ("--queue-size 0 --groups 4 --epochs 12", ""),
+    "queue-positive no weight": (f"{QUEUE} --replay positive", "no weight"),
+    "queue-positive uniform": (f"{QUEUE} --replay positive", "uniform"),
+    "off-12 1 epoch": ("--queue-size 0 --epochs 1", ""),
+    "off-12 2 epochs": ("--queue-size 0 --epochs 2", ""),
+    "off-12 4 epochs": ("--queue-size 0 --epochs 4", ""),
     "shipped": ("--resample 2", ""),
 }
 ARMS = CORE | OTHERS
@@ -189,28 +189,29 @@ def at_the_end(line: dict, name: str) -> float:
 
 
 def ratio(arm: dict, base: dict, measured) -> str:
-    """Geometric mean of the paired ratios with its interval; both: {seed: line}."""
+    """Geometric mean of the paired ratios, with an interval from 3 pairs on; both: {seed: line}."""
     logs = [math.log(measured(arm[seed]) / measured(base[seed])) for seed in sorted(arm.keys() & base.keys())]
     if not logs:
         return "-"
     low, high = paired_bootstrap(logs)
-    return f"{math.exp(fmean(logs)):.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
+    interval = f" [{math.exp(low):.2f}, {math.exp(high):.2f}]" if len(logs) > 2 else ""
+    return f"{math.exp(fmean(logs)):.2f}{interval}, n {len(logs)}"
 
 
-def table(lines: list[dict], regime: str, seeds) -> str:
-    """Markdown. One row per arm; the ratios are those to off-12 on the seeds that both have."""
+def table(lines: list[dict], regime: str, seeds, base_arm: str) -> str:
+    """Markdown. One row per arm; the ratios are those to the base on the n seeds that both have."""
     runs = {arm: {x["seed"]: x for x in lines if (x["regime"], x["arm"]) == (regime, arm) and x["seed"] in seeds}
             for arm in ARMS}
-    rows = ["| arm | online samples to sampled .5, per seed | mean | ratio to off-12 | samples to greedy .7: ratio | "
+    rows = [f"| arm | to sampled .5, seed: value | mean | ratio to {base_arm} | to greedy .7: ratio | "
             "at the end: sampled / greedy | CPU-seconds to sampled .5: sampling + update | signal | off-policy |",
             "|---" * 8 + "|"]
-    base, unit = runs["off-12"], "wall" if regime == "slow" else "online"
+    base, unit = runs[base_arm], "wall" if regime == "slow" else "online"
     for arm, found in runs.items():
         if found:
-            ends = [reached(line, "sampled", 0.5, unit) for line in found.values()]
+            ends = {seed: reached(line, "sampled", 0.5, unit) for seed, line in sorted(found.items())}
             rows.append("| " + " | ".join([
-                arm, " ".join(f"{value:.0f}{'' if ok else ' (not reached)'}" for value, ok in ends),
-                f"{fmean(value for value, _ in ends):.0f}",
+                arm, ", ".join(f"{seed}: {x:.0f}{'' if ok else ' (not reached)'}" for seed, (x, ok) in ends.items()),
+                f"{fmean(value for value, _ in ends.values()):.0f}",
                 ratio(found, base, lambda line: reached(line, "sampled", 0.5, unit)[0]),
                 ratio(found, base, lambda line: reached(line, "greedy", 0.7, unit)[0]),
                 " / ".join(f"{fmean(at_the_end(x, name) for x in found.values()):.3f}"
@@ -257,12 +258,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--runs", type=int, default=1000, help="end after so many runs")
     parser.add_argument("--budget", type=int, default=BUDGET, help="online trajectories of a run")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--table", action="store_true", help="print the results; no run")
+    parser.add_argument("--base", choices=ARMS, default="off-12", help="arm that the table's ratios are to")
+    parser.add_argument("--figure", type=Path, help="write the results as SVG; no run")
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.file.read_text().splitlines()] if args.file.exists() else []
     if args.table:
-        print(table(lines, args.regime, args.seeds))
+        print(table(lines, args.regime, args.seeds, args.base))
     if args.figure:
         args.figure.write_text(figure(lines, args.regime, args.seeds))
     if args.table or args.figure:

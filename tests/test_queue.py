@@ -202,9 +202,12 @@ def test_the_studys_measures_by_hand():
     assert study_queue.reached(line, "sampled", 0.7) == (192, False)                   # never: the whole run counts
     assert study_queue.at_the_end(line, "sampled") == pytest.approx(0.5)
     slower = {"curve": [point | {"online": 2 * point["online"]} for point in curve]}
-    halves = study_queue.ratio({3: line, 4: line, 5: slower}, {3: slower, 4: slower, 6: line},
-                               lambda x: study_queue.reached(x, "sampled", 0.5)[0])
-    assert halves == "0.50 [0.50, 0.50]"                                               # seeds that both have: 3 and 4
+
+    def to_half(x):
+        return study_queue.reached(x, "sampled", 0.5)[0]
+    assert study_queue.ratio({3: line, 4: line, 5: slower}, {3: slower, 4: slower, 6: line}, to_half) == "0.50, n 2"
+    three = study_queue.ratio({3: line, 4: line, 5: line}, {3: slower, 4: slower, 5: line}, to_half)
+    assert three == "0.63 [0.50, 1.00], n 3"                           # the cube root of 0.5 * 0.5 * 1
 
 
 # ------------------------------------------------------------------------- the name: two modules called queue
