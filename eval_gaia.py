@@ -180,8 +180,7 @@ def read_records(file: Path, repair: bool = False) -> list[dict]:
     complete = data[:data.rfind(b"\n") + 1]
     if repair and len(complete) < len(data):
         os.truncate(file, len(complete))
-    with reading(file):
-        return [json.loads(line) for line in complete.splitlines()]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ the figures
