@@ -315,7 +315,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_does_the_rest(here, capsys
     command = ["--limit", "12", "--out", "ev"]
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: cannot write ([Errno 27]") and "the same command does the rest" in error
+    assert error.startswith("error: cannot go on ([Errno 27]") and "the same command does the rest" in error
     small_disk()
     before = read_records(here / "ev" / "trajectories.jsonl")
     assert 0 < len(before) < 12 and main(command) == 0
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(here, capsys):
     for out in ("file", "file/ev", "/proc/ev", "x" * 5000):
         assert main(["--limit", "1", "--out", out]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: cannot write") and "name another --out" in error
+        assert error.startswith("error: cannot go on") and "mend the folder" in error
 
 
 def test_the_bar_says_how_many_are_right(here, monkeypatch):

@@ -9,12 +9,9 @@ import mimetypes
 import os
 import resource
 import socket
-import struct
 import threading
 import time
-import wave
 import zipfile
-import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -814,14 +811,6 @@ def test_the_table_asks_each_web_tool_once_and_shows_the_runs_own_tools_alone(si
     asked = len(site.seen)
     assert "does not answer" not in preflight_table(own, recorded, ask=False) and len(site.seen) == asked
     assert preflight_table(load_tools(None, recorded), recorded, ask=True) == ""         # the tiny model's run
-
-
-def test_the_preflights_picture_and_sound_are_what_they_say():
-    picture = base64.b64decode(preflight_module.GREY)
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", picture[16:24]) == (64, 64)
-    length, = struct.unpack(">I", picture[33:37])
-    assert picture[37:41] == b"IDAT" and zlib.decompress(picture[41:41 + length]) == (b"\0" + 64 * b"\x88") * 64
-    assert wave.open(io.BytesIO(preflight_module.silence())).getnframes() == 16_000
 
 
 def test_cache_flags(tmp_path, monkeypatch):

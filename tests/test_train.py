@@ -276,7 +276,7 @@ def test_a_forbidden_folder_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("no folder")
     for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out", tmp_path / ("x" * 5000)):
         error = fails(capsys, "--out", out, *SMALL)
-        assert "cannot write" in error and "name another --out" in error and "checkpoint" not in error
+        assert "cannot go on" in error and "Nothing was trained yet" in error and "checkpoint" not in error
 
 
 def test_an_end_while_loading_speaks_of_no_checkpoint(capsys, monkeypatch, tmp_path, finished):
@@ -304,11 +304,10 @@ def test_resume_takes_only_the_logs_of_its_run(capsys, finished, tmp_path):
     metrics, trajectories = (out / name for name in ("metrics.jsonl", "trajectories.jsonl"))
     whole = {file: file.read_bytes() for file in (metrics, trajectories)}
     rows = whole[metrics].splitlines(keepends=True)
-    for file, wrong in ((metrics, b"".join([*rows[1:], rows[0]])), (metrics, b"".join(rows[2:])), (metrics, b""),
-                        (trajectories, whole[trajectories][:-9]), (trajectories, whole[trajectories][3:] + b'{"a')):
-        file.write_bytes(wrong)
-        assert file.name in fails(capsys, "--out", out, "--resume", "--steps", 4) and file.read_bytes() == wrong
-        file.write_bytes(whole[file])
+    for wrong in (b"".join([*rows[1:], rows[0]]), b"".join(rows[2:]), b""):
+        metrics.write_bytes(wrong)
+        assert "metrics.jsonl" in fails(capsys, "--out", out, "--resume", "--steps", 4)
+        assert metrics.read_bytes() == wrong and trajectories.read_bytes() == whole[trajectories]
     metrics.unlink()
     assert "metrics.jsonl" in fails(capsys, "--out", out, "--resume", "--steps", 4)
     metrics.write_bytes(whole[metrics])
