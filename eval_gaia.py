@@ -38,7 +38,7 @@ from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, missing_files
 from machinery import console
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.folder import alone_in, append, claim_folder, reading
-from machinery.preflight import preflight_table
+from machinery.live_tools import preflight_table
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web

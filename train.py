@@ -38,7 +38,7 @@ from machinery.checkpoint import begin, keep_best, log_trajectories, restore, re
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.folder import alone_in, append
 from machinery.memory import apply_plan
-from machinery.preflight import preflight_table
+from machinery.live_tools import preflight_table
 from machinery.ranks import everyone
 from machinery.sample_queue import Entry, SampleQueue
 from machinery.versions import warn_of_other_versions
