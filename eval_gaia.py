@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from executor import Executor
 from policy import Policy, load_policy
-from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
+from report import write as write_report
+from reward import Judge, check_judge, gaia_score, heuristic_judge
 from rollout import Sampling, Trajectory, check_context, rollout
 from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, missing_files, read_gaia
 from machinery import console
@@ -40,6 +41,7 @@ from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.folder import alone_in, append, claim_folder, reading
 from machinery.live_tools import preflight_table
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
+from machinery.text import clean, token_texts
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
 from tools import NEEDS, Call, Tool, load_tools, open_web, prompt_text
@@ -47,7 +49,8 @@ from tools import NEEDS, Call, Tool, load_tools, open_web, prompt_text
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke
 WAY_ON = "The records so far are whole: the same command does the rest"
-LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")       # inherited from training
+LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+INHERITED = (*LIMITS, "prompt")                  # from training
 
 
 # --------------------------------------------------------------------------------------------- one trajectory
@@ -159,7 +162,9 @@ def sample_each(evaluation: Evaluation, executor: Executor, tasks: list[Task], s
     def ended(t: Trajectory):
         task = task_of[t.task_id]
         calls = [call for call in evaluation.log if call.question == task.question]
-        keep(record_of(task, replace(t, sample=sample), calls))
+        texts = token_texts(evaluation.policy.tokenizer, t.ids)
+        record = record_of(task, replace(t, sample=sample), calls)
+        keep(record | {"texts": [texts[i] for i in t.ids]})
     rollout(evaluation.policy, tasks, executor, evaluation.tools, evaluation.sampling, 1,
             evaluation.args.seed + sample, ended)
 
@@ -337,7 +342,7 @@ def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
                          any_base=args.any_base)
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
     known = run["sampling"] or policy.preset.settings       # the limits that training had, else the preset's
-    sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=temperature)
+    sampling = Sampling(**{name: known[name] for name in INHERITED if name in known}, temperature=temperature)
     web, log = open_web(args.cache), []
     offline = args.gaia_dir is None or policy.preset.prompt == "short"     # the tiny model knows no other tools
     builtin = BUILTIN_TOOLS if offline else load_tools("web", web)
@@ -388,7 +393,7 @@ def finish(evaluation: Evaluation, records: list[dict]) -> None:
         (args.out / "submission.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if any(r["gold"] == HIDDEN for r in records):
         print(f"the answers are hidden, so nothing is scored; --export writes {args.out}/submission.jsonl")
-        return
+        return                                   # and no page, which would call every answer wrong
     result = {**summary(records, args.samples), "data": "gaia" if args.gaia_dir else "offline",
               "cache": web.cache.digest(), "cache_counts": web.cache.counts,
               "benchmark_pages_dropped": web.counts["benchmark"]}
@@ -397,7 +402,7 @@ def finish(evaluation: Evaluation, records: list[dict]) -> None:
     sizes = {level: s["n"] for level, s in result["levels"].items()}
     if args.gaia_dir and sizes != OFFICIAL:
         print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
-    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
+    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl, {write_report(args.out)}")
 
 
 def command(args) -> None:

@@ -19,24 +19,22 @@ r in (4) bounds how far one update goes, c in (5) corrects for who sampled.
 
 Why the clip does not act by default: with one minibatch and one epoch (the defaults of real models) a batch takes one
 optimiser step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
-min(A, A) = A; where A < 0, max(A, dual_clip A) = A, because dual_clip > 1. So neither clip nor dual clip changes
-anything. The gradient of r is that of l: REINFORCE with the weight c. From the second optimiser step on the same batch
-the clip can act.
+min(A, A) = A; where A < 0, max(A, dual_clip A) = A. The gradient of r is that of l: REINFORCE with the weight c.
 
 Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.14476); Dr. GRPO (2503.20783); dual clip
 (1912.09729); k3 (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html); truncated importance
 sampling (Ionides, "Truncated Importance Sampling", 2008).
 
 Departures from GRPO as published: a group counts only if its answers differ; std is at least 0.1; the default loss is
-DAPO's (clip-higher, mean over tokens, overlong trajectories left out), but keeps a KL penalty, which DAPO drops; k
-continues as its tangent above d = 5; c corrects for replay and for the sampler's rounding.
+DAPO's (clip-higher, mean over tokens, no overlong trajectories), with a KL penalty; k goes on as its tangent above
+d = 5; c corrects for replay and for the sampler's rounding.
 """
 import contextlib
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -98,11 +96,16 @@ class Group:
     trajectories: list[Trajectory]
     step: int                                       # of the training loop, at which it was sampled
     rewards: list[Reward] = field(default_factory=list)
-    advantages: list[float | None] | None = None    # None: no signal; None for one trajectory: unjudged
+    advantages: list[float | None] | None = None    # None: no signal; None for one trajectory: not in batch()
     std: float = 0.0                                # of the rewards
 
     def batch(self) -> list[tuple[Trajectory, float]]:
         return [(t, a) for t, a in zip(self.trajectories, self.advantages) if a is not None]
+
+    def positive(self) -> "Group":
+        """What the queue keeps with --replay positive: the trajectories that were better than their group's mean."""
+        better = [a if a is not None and a > 0 else None for a in self.advantages]
+        return replace(self, advantages=better)
 
 
 def group_advantages(rewards: Sequence[Reward], cfg: GRPOConfig) -> tuple[list[float | None], float] | None:
@@ -241,6 +244,8 @@ class MicroBatch:
     tree: Tree | None = None            # the same tokens, each distinct prefix once; None: padded
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
+    now: torch.Tensor | None = None     # l in the last optimiser step, before it
+    entropy: torch.Tensor | None = None # of the same forward pass
 
     def logps(self, policy: Policy, temperature: float):
         """(log-probs, entropies), both (B, T)."""
@@ -320,22 +325,16 @@ def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperat
                 micro.ref, _ = micro.logps(policy, temperature)
 
 
-def accumulate(
-    policy: Policy,
-    minibatch: list[MicroBatch],
-    cfg: GRPOConfig,
-    temperature: float,
-    token_limit: int,
-    tokens: float,
-    sequences: float,
-):
+def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperature: float, token_limit: int,
+               tokens: float, sequences: float):
     """This rank's gradients of an optimiser step: (sums over its loss tokens, rows that are *not finite*)."""
     policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, not_finite = Counter(), []
     for micro in minibatch:
         logp, entropy = micro.logps(policy, temperature)     # (B, T), (B, T)
+        micro.now, micro.entropy = logp.detach(), entropy.detach()
         if cfg.one_step:
-            micro.old = logp.detach()                   # l_old is this very forward pass
+            micro.old = micro.now                       # l_old is this very forward pass
         lengths = micro.mask.sum(1, keepdim=True).float()                                   # (B, 1)
         normaliser = LOSSES[cfg.loss].normaliser(lengths, tokens, sequences, token_limit)   # (B, 1)
         loss, stats = grpo_loss(
@@ -345,7 +344,7 @@ def accumulate(
         stats["entropy"] = entropy.sum()
         stats["tokens"] = micro.mask.sum()
         sums.update({name: value.item() for name, value in stats.items()})
-        numbers = logp.detach() + micro.old + micro.behaviour + micro.advantage             # (B, T)
+        numbers = micro.now + micro.old + micro.behaviour + micro.advantage             # (B, T)
         if micro.ref is not None:
             numbers = numbers + micro.ref
         finite = numbers.isfinite() | ~micro.mask                                           # (B, T)
@@ -366,13 +365,15 @@ def update(
     seed: int = 0,
     progress=None,
     plain: bool = False,
+    show: Sequence[int] = (),
 ) -> UpdateStats:
     """Train on a batch: cfg.epochs passes, each of cfg.minibatches optimiser steps.
 
     temperature: at which the batch was sampled. token_limit: sampled tokens that a trajectory may have (for dr_grpo).
     fresh: which trajectories were just sampled (default: all). seed: of the split in minibatches, which are made of
     whole groups, because siblings share prefixes. progress: a tqdm bar, one count per trajectory and pass. plain:
-    padded; else every distinct prefix goes through the network once, with the same result.
+    padded; else every distinct prefix goes through the network once, with the same result. show: indices of the
+    trajectories whose l, l_old and l_ref, per token, are wanted in UpdateStats.shown.
     Under torch.distributed each rank brings its share of the batch, maybe none; the result is that of one
     process on the whole. An optimiser step with a number that is *not finite* is skipped, on all ranks, and noted.
     """
@@ -402,7 +403,9 @@ def update(
     policy.model.zero_grad(set_to_none=True)
     policy.model.eval()
     stats.means_over_ranks(sums, policy.device, with_kl=cfg.beta > 0)
-    stats.compare_policies(sum(minibatches, []), fresh or [True] * len(batch), cfg.clip[1])
+    micros = sum(minibatches, [])
+    stats.compare_policies(micros, fresh or [True] * len(batch), cfg.clip[1])
+    stats.keep_tokens(micros, {row: len(batch[row][0].ids) for row in show})
     return stats
 
 

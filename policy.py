@@ -34,7 +34,7 @@ from transformers import (                                      # noqa: E402
 from machinery.folder import reading                            # noqa: E402
 from tools import UserError                                     # noqa: E402
 
-TINY_DIR = Path(__file__).resolve().parent / "tiny"             # the built-in model, made by tiny.py
+TINY_DIR = Path(__file__).resolve().parent / "tiny"             # built in; scripts/warm_start.py made it
 
 
 # --------------------------------------------------------------------------------------- what depends on size
@@ -50,11 +50,17 @@ TINY = Preset("short", {
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 512, "observation_tokens": 64, "groups": 12, "steps": 50,
     "lr": 1e-3, "schedule": "cosine", "minibatches": 3, "token_budget": 2048, "eval_every": 25, "eval_tasks": 52})
 
+SMALL = Preset("full", {        # measured on SmolLM2-135M after scripts/warm_start.py, two CPU cores
+    "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 6, "resample": 1,
+    "steps": 12, "lr": 3e-4, "warmup": 2, "beta": 0.0, "eval_every": 6, "eval_tasks": 8})
+
 
 def preset_for(parameters: int) -> Preset:
     """Below 50 million parameters that of the built-in model; among the others, smaller ones bear larger steps."""
     if parameters < 50e6:
         return TINY
+    if parameters < 300e6:
+        return SMALL
     return Preset("full", {"lr": 5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5})
 
 
@@ -163,6 +169,12 @@ def need_gpu(why: str):
                         "nvidia-smi, or take a smaller model (--model tiny needs none)")
 
 
+def need_bf16():
+    """UserError where the GPU cannot compute in bf16."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
+
+
 def never_repack(model: torch.nn.Module):
     """On CPUs with AVX512-BF16 bitsandbytes repacks NF4 weights in the first eval forward, and no training
     forward can read them afterwards. This is the attribute that it asks before it does so."""
@@ -241,8 +253,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     nf4 = in_nf4(quantize, parameters, on_gpu)
     if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
         dtype = torch.bfloat16 if on_gpu and parameters >= 50e6 else torch.float32
-    if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
+    if dtype == torch.bfloat16 and on_gpu:
+        need_bf16()
     base = load_base(name, nf4, device, dtype, away)
     weights = weights_hash(name)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)

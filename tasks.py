@@ -132,7 +132,7 @@ BUILTIN_TOOLS = [lookup, search, convert]
 # ----------------------------------------------------------------------------------------------- the families
 @dataclass
 class Question:
-    """A task without its id, and the `slots` that its text was made of (scripts/tiny.py shows solutions with them)."""
+    """A task without its id, and the `slots` that its text was made of (scripts/warm_start.py: DEMOS uses them)."""
     text: str
     answer: object
     level: int

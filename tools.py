@@ -254,9 +254,16 @@ def transcribe(context: ToolContext, path: str) -> str:
 # -------------------------------------------------------------------------------------- which tools a run has
 READERS = ["markitdown", "pypdf", "openpyxl"]
 NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variables of the environment
-    (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []),
-    (archive, READERS, []), (download, [], []), (read_file, READERS, []),
-    (ask_image, [], ["VISION_URL", "VISION_MODEL"]), (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
+    (web_search, [], []),
+    (visit, READERS, []),
+    (find, READERS, []),
+    (wiki, READERS, []),
+    (archive, READERS, []),
+    (download, [], []),
+    (read_file, READERS, []),
+    (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
+    (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"]),
+]
 
 
 def preflight(web: Web) -> list[tuple[Tool, str]]:

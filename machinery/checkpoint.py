@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from machinery.cli import UserError, flag_name
 from machinery.folder import append, claim_folder, reading
 from machinery.ranks import barrier, everyone
+from machinery.text import token_texts
 from policy import check_base, save_adapter
 
 PROGRESS = ("step", "position", "online", "best", "before", "pending")
-LOGS = ("metrics.jsonl", "trajectories.jsonl")
+LOGS = ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl")
 PER_TOKEN = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}    # stored as tensors, not as text
 
 
@@ -39,17 +40,59 @@ def light(trajectory) -> dict:
     return {k: v for k, v in trajectory.to_dict().items() if k not in PER_TOKEN}
 
 
-def log_trajectories(run, groups: list):
-    """Every trajectory as a line of trajectories.jsonl."""
+def log_trajectories(run, groups: list, fresh: list, replayed: list, stats):
+    """Every trajectory as a line of trajectories.jsonl; of some of them the tokens in tokens.jsonl."""
     rows = []
     for group in groups:
         advantages = group.advantages or [None] * len(group.trajectories)
         for t, reward, a in zip(group.trajectories, group.rewards, advantages):
-            rows.append({"step": run.step, "task": group.task.id, "question": group.task.question,
-                         "expected": group.task.answer, "reward": asdict(reward), "advantage": a, **light(t)})
+            rows.append({"step": run.step, "task": group.task.id, "family": group.task.family,
+                         "question": group.task.question, "expected": group.task.answer, "reward": asdict(reward),
+                         "advantage": a, **light(t)})
     for part in everyone(rows):
         if run.main:
             append(run.out / "trajectories.jsonl", part)
+    log_tokens(run, groups, fresh, replayed, stats)
+
+
+def kept_whole(run) -> bool:
+    """Whether tokens.jsonl gets all trajectories of this step, not only the best and the worst of its batch."""
+    return run.step == 1 or run.step % 10 == 0 or run.step == run.cfg.steps
+
+
+def rows_to_keep(run, fresh: list, batch: list) -> list[int]:
+    """Indices of the trajectories of a batch, fresh groups first, whose tokens go into tokens.jsonl."""
+    if kept_whole(run):
+        return list(range(len(batch)))
+    rated = [(r.total, a) for group in fresh for r, a in zip(group.rewards, group.advantages) if a is not None]
+    rows = range(len(rated))
+    return sorted({max(rows, key=rated.__getitem__), min(rows, key=rated.__getitem__)}) if rated else []
+
+
+def log_tokens(run, groups: list, fresh: list, replayed: list, stats):
+    """tokens.jsonl: the tokens of some trajectories as they were sampled, and what the loss saw of them."""
+    old = [entry.group for entry in replayed]
+    batch = [(group, t) for group in fresh + old for t, _ in group.batch()]
+    in_loss = {id(batch[row][1]): columns for row, columns in stats.shown.items()}
+    if kept_whole(run):
+        chosen = [(group, t) for group in groups + old for t in group.trajectories]
+    else:
+        chosen = [batch[row] for row in rows_to_keep(run, fresh, batch)]
+    texts = token_texts(run.policy.tokenizer, {i for _, t in chosen for i in t.ids})
+    rows = []
+    for group, t in chosen:
+        row = {"step": run.step, "task": t.task_id, "sample": t.sample, "seed": t.seed, "sampled": group.step,
+               "ids": t.ids, "texts": [texts[i] for i in t.ids], "mask": t.mask, "logps": shorter(t.logps)}
+        if id(t) in in_loss:
+            row |= {name: values and shorter(values) for name, values in in_loss[id(t)]._asdict().items()}
+        rows.append(row)
+    for part in everyone(rows):
+        if run.main:
+            append(run.out / "tokens.jsonl", part)
+
+
+def shorter(values: list[float]) -> list[float]:
+    return [round(value, 7) for value in values]
 
 
 def write_synced(path: Path, text: str):
@@ -67,6 +110,7 @@ def cpu_seconds(run) -> float:
 # ------------------------------------------------------------------------------------------------- a run's beginning
 def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
+    inherited["defaults"] = asdict(type(run.cfg)()) | run.policy.preset.settings
     if run.main:
         claim_folder(run.out, "run.json", "run")
         (run.out / "best").mkdir()
@@ -77,7 +121,7 @@ def begin(run, inherited: dict):
 
 
 # may differ on --resume; the last three only bound memory
-RESUMABLE = {"resume", "steps", "max_hours", "out", "sandbox", "show_every", "vram", "slots", "token_budget"}
+RESUMABLE = {"resume", "check", "steps", "max_hours", "out", "sandbox", "show_every", "vram", "slots", "token_budget"}
 
 
 def resumed(cfg, given: set[str]):

@@ -58,6 +58,9 @@ def quiet_imports(name: str):
 
 def exit_status(command: Callable[[], None]) -> int:
     """Run a command line: 0 done, 2 bad input, 130 interrupted; each in one line."""
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:      # stdin, stdout or stderr was closed: a pipe would
+        pass                                                    # get its number
+    os.close(lowest)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # after quiet_imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.redirect_stdout(Output(sys.stdout)) as out, contextlib.redirect_stderr(Output(sys.stderr)):

@@ -18,6 +18,7 @@ import itertools
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -29,8 +30,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from policy import head_size                        # before peft, whose import of bitsandbytes it quiets
 from machinery.fast_layers import fast_layers
-from policy import head_size
 
 
 class Episode(Protocol):
@@ -45,6 +46,7 @@ class Episode(Protocol):
     def observe(self, result, space: int) -> list[int]: ...     # the forced tokens after act, fewer than space;
     def fail(self, error: Exception) -> None: ...       # [] ends the trajectory, and so does an error of act or observe
     def close(self) -> None: ...                        # in a thread, never beside act; no act follows
+    def again(self) -> "Episode": ...                   # the same trajectory, not begun
 
 
 # --------------------------------------------------------------------------------------- attention with slots
@@ -325,7 +327,7 @@ class Engine:
         return -(-n // self.SPAN) * self.SPAN
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return torch.from_numpy(array).to(self.device, non_blocking=True)       # CUDA takes its own copy first
 
     def additive(self, allowed: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(allowed.shape, dtype=self.cache[0][0].dtype, device=self.device)
@@ -333,9 +335,10 @@ class Engine:
 
     def forward(self, tick: Tick) -> tuple[np.ndarray, np.ndarray]:
         """One pass through the model; samples the next token of the slots tick.samplers: ids (n,), logps (n,)."""
+        # before the model: later, the copies to a GPU would wait for it
+        uniforms = self.uniforms[self.tensor(tick.samplers), self.tensor(self.length[tick.samplers])]
         logits = self.model(input_ids=tick.ids[None], position_ids=tick.positions[None], use_cache=False,
                             logits_to_keep=self.tensor(tick.last), tick=tick).logits[0]     # (n, V)
-        uniforms = self.uniforms[self.tensor(tick.samplers), self.tensor(self.length[tick.samplers])]
         ids, logps = self.sample_tokens(logits, self.temperature, uniforms)
         self.ticks += 1
         self.forwarded += len(tick.ids)
@@ -359,6 +362,25 @@ class Engine:
                 self.decoding[slot] = False
                 over.append(slot)
         return over
+
+
+def sample_in_slots(make_engine: Callable[[int], Engine], slots: int, episodes: list[Episode],
+                    sampling) -> Iterator[tuple]:
+    """As Engine.sample. After an out-of-memory half of the slots go on, and `sampling.slots` says so from then on. What
+    had not ended begins anew: its random stream is its own, so it becomes the same trajectory."""
+    waiting = list(episodes)
+    while waiting:
+        torch.cuda.empty_cache()        # blocks that the update, or an attempt that failed, left have other sizes
+        try:
+            for ended in make_engine(slots).sample(waiting):
+                waiting.remove(ended[0])
+                yield ended
+        except torch.OutOfMemoryError:
+            if slots == 1:
+                raise
+            slots = sampling.slots = slots // 2
+            warnings.warn(f"out of memory while sampling: {slots} slots go on", stacklevel=2)
+            waiting = [episode.again() for episode in waiting]
 
 
 @torch.no_grad()

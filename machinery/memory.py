@@ -48,12 +48,19 @@ class Plan:
     context_tokens: int
     parts: dict[str, tuple[float, float]]
 
+    @property
+    def chosen(self) -> str:
+        return (f"{self.slots} slots of {self.context_tokens} tokens of context, micro-batches of "
+                f"{self.token_budget} tokens")
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """GiB, while sampling and in the update"""
+        return tuple(sum(column) for column in zip(*self.parts.values()))
+
     def __str__(self) -> str:
-        peak = tuple(sum(column) for column in zip(*self.parts.values()))
-        rows = [f"{part:<38}{a:>9.2f}{b:>9.2f}" for part, (a, b) in (self.parts | {"peak": peak}).items()]
-        chosen = (f"{self.slots} slots of {self.context_tokens} tokens of context, micro-batches of "
-                  f"{self.token_budget} tokens")
-        return "\n".join([f"{'memory plan, GiB':<38}{'sampling':>9}{'update':>9}", *rows, chosen])
+        rows = [f"{part:<38}{a:>9.2f}{b:>9.2f}" for part, (a, b) in (self.parts | {"peak": self.peaks}).items()]
+        return "\n".join([f"{'memory plan, GiB':<38}{'sampling':>9}{'update':>9}", *rows, self.chosen])
 
 
 def fit(model: str, room: float, quantize: str, context: int | None = None, slots: int | None = None,
@@ -96,12 +103,20 @@ def plan_memory(model: str, vram: float, quantize: str = "auto", most_slots: int
                     f"not fit {vram:g} GiB; {alternative}")
 
 
+def planned(cfg, vram: float, fixed: set[str]) -> Plan:
+    """The plan of a run on a card of `vram` GiB; the settings in `fixed` stay as they are."""
+    given = {name: getattr(cfg, name) for name in ("slots", "token_budget") if name in fixed}
+    if "context_tokens" in fixed:
+        given["context"] = cfg.context_tokens
+    trajectories = (cfg.online_groups or cfg.groups) * cfg.group_size
+    return plan_memory(cfg.model, vram, cfg.quantize, trajectories, cfg.lora_rank, **given)
+
+
 def apply_plan(cfg, settled: set[str]):
     """With --vram: context, slots and token budget that fit the card, where they are not settled."""
-    fixed = {name: getattr(cfg, name) for name in ("slots", "token_budget") if name in settled}
-    if "context_tokens" in settled:
-        fixed["context"] = cfg.context_tokens
-    plan = plan_memory(cfg.model, cfg.vram, cfg.quantize, cfg.groups * cfg.group_size, cfg.lora_rank, **fixed)
+    if cfg.vram is None:
+        return
+    plan = planned(cfg, cfg.vram, settled)
     cfg.context_tokens, cfg.slots, cfg.token_budget = plan.context_tokens, plan.slots, plan.token_budget
     if world()[0] == 0:
         print(plan)

@@ -1,12 +1,22 @@
-"""What an update measures: means over its loss tokens, and how far the behaviour policy is from the old one."""
+"""What an update measures: means over its loss tokens, how far the behaviour policy is from the old one, and the
+log-probs of every token of the trajectories that somebody wants to see."""
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from machinery.ranks import sum_over_ranks
+
+
+class TokenLogps(NamedTuple):
+    """The log-probs of one trajectory as the loss saw them: one number per token, 0 where the mask is 0."""
+    now: list[float]            # l in the last optimiser step that the trajectory took part in, before that step
+    old: list[float]            # l_old; with one optimiser step per batch the same numbers
+    ref: list[float] | None     # l_ref; None with beta 0
+    entropy: list[float]        # of the policy where it chose the token, in nats; of the same forward pass as now
 
 
 @dataclass
@@ -25,6 +35,7 @@ class UpdateStats:
     tokens: int = 0                     # trained on, over all optimiser steps
     token_budget: int = 0               # half of the configured one after an out-of-memory
     notes: list[str] = field(default_factory=list)                 # for a person: what was skipped or retried
+    shown: dict[int, TokenLogps] = field(default_factory=dict)     # by index in the batch, where asked and in the loss
 
     def means_over_ranks(self, sums: Counter, device, with_kl: bool):
         """From sums over this rank's loss tokens to means over all ranks' tokens."""
@@ -56,3 +67,11 @@ class UpdateStats:
         if len(gap):
             self.mismatch_mean = gap.mean().item()
             self.mismatch_p99 = gap.sort().values[int(0.99 * (len(gap) - 1))].item()
+
+    def keep_tokens(self, micro_batches: Sequence, lengths: dict[int, int]):
+        """Fill `shown`. lengths: {index in the batch: tokens}; one that is not in the loss has no log-probs."""
+        for micro in micro_batches:
+            for i, row in enumerate(micro.rows):
+                if row in lengths:
+                    columns = (micro.now, micro.old, micro.ref, micro.entropy)          # (B, T) each
+                    self.shown[row] = TokenLogps(*[x if x is None else x[i, :lengths[row]].tolist() for x in columns])

@@ -8,8 +8,8 @@ PINNED = ("torch", "transformers", "peft")      # the attention functions and th
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
 
-def warn_of_other_versions() -> None:
-    """Print one line on stderr if a version differs; say nothing if all are as pinned, or if there is no such file."""
+def other_versions() -> list[str]:
+    """The packages whose version is not the one in requirements.txt; none where there is no such file."""
     text = REQUIREMENTS.read_text("utf-8") if REQUIREMENTS.is_file() else ""
     differ = []
     for name, pinned in re.findall(rf"^({'|'.join(PINNED)})==(\S+)", text, re.MULTILINE):
@@ -19,6 +19,11 @@ def warn_of_other_versions() -> None:
             installed = "missing"
         if installed != pinned:
             differ.append(f"{name} {installed} (tested with {pinned})")
-    if differ:
+    return differ
+
+
+def warn_of_other_versions() -> None:
+    """Print one line on stderr if a version differs."""
+    if differ := other_versions():
         print(f"warning: other versions than in requirements.txt: {', '.join(differ)}. The code relies on internals of "
               "these packages: run the tests before you trust the results", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Benchmarks: `python -m scripts.bench {executor,rollout,update} [--quick] [--json FILE]`.
+"""Benchmarks: `python -m scripts.bench {executor,rollout,update,step} [--quick] [--json FILE]`.
 
 One section per benchmark, in any order. Each has a function `bench_<name>(args) -> dict`, which prints its figures
-and returns them for --json. Both sides of a comparison run in one process: machines differ, and the load changes. The
-naive way is in tests/.
+and returns them for --json; `step` is in scripts/bench_step.py. Both sides of a comparison run in one process: machines
+differ, and the load changes. The naive way is in tests/.
 """
 import sys
 
@@ -10,6 +10,7 @@ if __package__ != "scripts":
     print("error: start this from the repository's folder as: python -m scripts.bench", file=sys.stderr)
     sys.exit(2)
 
+import contextlib
 import gc
 import json
 import os
@@ -24,14 +25,15 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.benchmark import Timer
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from machinery.memory import memory
-from policy import QWEN25, Policy, Preset, head_size, model_config, never_repack, new_adapter
+from policy import QWEN25, head_size, model_config, never_repack, new_adapter
 import bitsandbytes as bnb      # after policy, which quiets its import
 import grpo
 import rollout
 from machinery import engine
+from machinery.fast_layers import fast_layers
 from machinery.head import head_logps
 from executor import Executor, Limits
 from machinery.cli import OneLineParser, exit_status
@@ -40,6 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from naive_update import naive_logps, naive_update, random_batch, siblings
 from oracle import oracle
 from scripted import Workload, scripted
+from scripts.bench_step import SIDES, SMOLLM2, WORKLOADS as STEPS, as_policy, bench_step
 
 
 def measured(device: torch.device, work) -> tuple[object, dict]:
@@ -152,6 +155,31 @@ def cap_memory(gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
+def host_time() -> dict[str, float]:
+    """ms per tick of 8 slots in a model so narrow that the time is the host's own: 28 layers, as 7B has, with PEFT's
+    LoRA layers and with those of machinery/fast_layers.py."""
+    config = Qwen2Config(hidden_size=64, num_hidden_layers=28, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=128, vocab_size=512, tie_word_embeddings=True)
+    network = new_adapter(Qwen2ForCausalLM(config).requires_grad_(False)).eval()
+    found = {"host_ms_peft": [], "host_ms_fast": []}
+    for name in [*found] * 4:
+        layers = fast_layers(network) if name == "host_ms_fast" else contextlib.nullcontext()
+        with engine.sampling_mode(network, False), engine.attention(network, "rollout"), layers:
+            sampler = engine.Engine(network, 8, 64, 1.0, [], rollout.sample_tokens)
+            episodes = scripted(Workload(1, 1, (50, 50), (1, 1), 8, 64), 512)
+            _, figures = measured(network.device, lambda s=sampler, e=episodes: list(s.decode(e)))
+        found[name].append(1000 * figures["seconds"] / sampler.ticks)
+    return {name: min(times) for name, times in found.items()}
+
+
+def works_by_slots(work: Workload, gpu: bool, model_config: str) -> dict[int, Workload]:
+    """{slots: what is sampled with them}. On a GPU two trajectories per slot: few slots take long for many."""
+    if not gpu:
+        return dict.fromkeys(work.slots, work)
+    slots = (1, 16, 64, 128) if model_config == "small" else (8, 34, 64)
+    return {n: replace(work, groups=max(1, n // 4)) for n in slots}
+
+
 def bench_rollout(args) -> dict:
     """The same scripted workload with the engine, and with `generate` for each turn."""
     torch.set_num_threads(1)
@@ -161,12 +189,11 @@ def bench_rollout(args) -> dict:
     work = WORKLOADS[args.workload, args.quick]
     model = random_model(args.model_config, "cuda" if gpu else "cpu")
     print(f"workload {args.workload}: {work}\nmodel {args.model_config}, {model.device}, one thread")
-    if gpu and not args.quick:
-        work = replace(work, groups=16, slots=(1, 16, 64, 128))
     run_engine(model, WORKLOADS["w", True], 4)          # warms up
-    results = [run_engine(model, work, n) for n in work.slots]
+    works = works_by_slots(work, gpu and not args.quick, args.model_config)
+    results = [run_engine(model, some, n) for n, some in works.items()]
     naive = run_oracle(model, work, 16)                 # the best batch on a CPU of 8, 16, 32 and 64
-    late = run_engine(model, work, work.slots[-1], latency=(0.1, 1.0))
+    late = run_engine(model, work, max(works), latency=(0.1, 1.0))
     for result in results:
         result["speedup"] = result["tokens_per_s"] / naive["tokens_per_s"]
         if gpu:
@@ -174,7 +201,7 @@ def bench_rollout(args) -> dict:
     figures = {f"speedup_{result['slots']}": result["speedup"] for result in results} | {
         "forwarded_over_minimum": max(result["forwarded_over_minimum"] for result in results),
         "max_logp_diff": max(largest_logp_difference(model, result["out"]) for result in results),
-        "idle_share_with_latency": late["idle_share"]}
+        "idle_share_with_latency": late["idle_share"], **host_time()}
     for result in [*results, late]:
         del result["out"]
     for result in [naive, *results, late, figures]:
@@ -187,10 +214,6 @@ def print_figures(figures: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the update
-def as_policy(network) -> Policy:
-    return Policy(network, None, network.device, "random weights", Preset())
-
-
 def bench_update(args) -> dict:
     """Our update and its head against the naive way, at the vocabulary of a 7B model."""
     if args.model_config:
@@ -236,9 +259,7 @@ def bench_update(args) -> dict:
 def bench_prefix_tree(quick: bool) -> dict:
     """The padded update over the one in which every distinct prefix is computed once: time and memory, at the shape of
     SmolLM2-135M: 4 groups of 8 with a system prompt of 350 tokens, questions of 30, 80 sampled. quick: smaller."""
-    config = SMALL if quick else LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True)
+    config = SMALL if quick else SMOLLM2
     network = new_adapter(AutoModelForCausalLM.from_config(config).requires_grad_(False))
     network.activation_checkpointing_enable({"use_reentrant": False})
     policy = as_policy(network.eval())
@@ -349,6 +370,9 @@ def bench_executor(args) -> dict:
             for session in live:
                 session.close()
     figures |= peers(code)
+    if "ipykernel_start_ms" in figures:
+        figures |= {"start_over_ipykernel": figures["ipykernel_start_ms"] / figures["session_start_p50_ms"],
+                    "roundtrip_over_ipykernel": figures["ipykernel_roundtrip_ms"] / figures["roundtrip_ms"]}
     for name, value in figures.items():
         print(f"{name:32} {value:10.2f}" if isinstance(value, float) else f"{name:32} {value!s:>10}")
     return figures
@@ -411,6 +435,9 @@ def main() -> None:
     updates.add_argument("--model-config", choices=QWEN25, help="instead: random weights of this shape, and the memory "
                          "of sampling and update beside the plan's")
     updates.add_argument("--vram", type=float, default=24.0, metavar="GB", help="limit of the GPU's memory")
+    steps = add("step", bench_step, "a whole training step beside TRL's, where it is installed")
+    steps.add_argument("--turns", type=int, choices=STEPS, default=1, help="per trajectory")
+    steps.add_argument("--side", choices=SIDES, help="this side alone, in this process")
     args = parser.parse_args()
     figures = args.bench(args) | {"machine": machine()}
     if args.json:

@@ -25,11 +25,10 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from reward import clean
 from tasks import CONTROL, Task, read_gaia, read_jsonl, read_rows, text_of
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.folder import reading
-from machinery.text import ngrams
+from machinery.text import clean, ngrams
 
 VOLATILE = re.compile(
     r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|real[- ]time|"

@@ -19,6 +19,7 @@ class Workload:
     prompt: int                     # tokens, the same for all trajectories of a group
     context: int
     slots: tuple[int, ...] = ()     # numbers of slots that bench_rollout measures
+    system: int = 0                 # first tokens of the prompt that all groups share
 
 
 class Scripted:
@@ -65,6 +66,7 @@ class Scripted:
 def scripted(work: Workload, vocabulary: int, latency=(0.0, 0.0)) -> list[Scripted]:
     """The episodes of a workload. latency: bounds of the seconds that a turn's code takes."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(vocabulary, size=work.prompt).tolist() for _ in range(work.groups)]
+    system = rng.integers(vocabulary, size=work.system).tolist()
+    prompts = [system + rng.integers(vocabulary, size=work.prompt - work.system).tolist() for _ in range(work.groups)]
     return [Scripted(g, i, prompt, work, rng, vocabulary, latency)
             for g, prompt in enumerate(prompts) for i in range(8)]

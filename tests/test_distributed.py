@@ -11,10 +11,11 @@ from grpo import GRPOConfig, update
 from machinery.ranks import world
 from test_grpo import Keep, make_batch, stirred
 from test_policy import make_model
+from test_prefix_tree import tree_batch
 
 CASES = {  # what the two ranks bring, and the loss
     "uneven, dapo": "dapo", "uneven, grpo": "grpo", "uneven, dr_grpo": "dr_grpo", "one is empty": "dapo",
-    "one is empty, one is cut": "dapo", "one has a nan": "dapo",
+    "one is empty, one is cut": "dapo", "one has a nan": "dapo", "uneven, shared prefixes": "dapo",
 }  # fmt: skip
 
 
@@ -29,12 +30,13 @@ def shares(batch, case):
     return [sick[:3], sick[3:]]
 
 
-def run(folder, case, batch_of):
+def run(folder, case, batch_of, plain=False):
     """(gradients, parameters afterwards, stats) of one update on a fresh policy."""
     policy = stirred(folder)
     optimizer = Keep(policy.trainable())
     cfg = GRPOConfig(loss=CASES[case], beta=0.05, token_budget=200)
-    stats = update(policy, optimizer, batch_of(shares(make_batch(policy), case)), cfg)
+    batch = tree_batch(policy, 0) if "shared" in case else make_batch(policy)
+    stats = update(policy, optimizer, batch_of(shares(batch, case)), cfg, plain=plain)
     return optimizer.seen, policy.trainable(), stats
 
 
@@ -58,7 +60,7 @@ def ranks(tmp_path_factory):
 def test_two_processes_equal_one(ranks, case):
     folder, (grads, first, a), (_, second, b) = ranks[0], ranks[1][case], ranks[2][case]
     assert world() == (0, 1)
-    whole_grads, whole, stats = run(folder, case, lambda s: s[0] + s[1])
+    whole_grads, whole, stats = run(folder, case, lambda s: s[0] + s[1], plain="shared" in case)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))  # the ranks never drift apart
     for x, y in zip(first, whole, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

@@ -102,7 +102,7 @@ def test_the_llm_judges_every_answer_beside_the_other_judges():
         ask_llm(judge, found)
         assert found.pop()["llm"] is None and len(server.requests) == 3
     assert [r["llm"] for r in found] == [True, False, True, None]
-    assert [r["heuristic"] for r in found] == ["right", "wrong", "unsure", "wrong"]
+    assert [r["heuristic"] for r in found] == ["right", "unsure", "unsure", "wrong"]
     assert [r["official"] for r in found] == [True, False, False, False]
     assert [r["category"] for r in found] == ["right", "wrong", "format_only", "no_code"]
 

@@ -18,6 +18,8 @@ from grpo import GRPOConfig, make_optimizer, update
 from machinery.checkpoint import pack_optimizer, unpack_optimizer
 from machinery.engine import attend
 from machinery.fast_layers import fast_layers
+from machinery import preflight
+from machinery.head import exact_logits
 from machinery.memory import memory
 from naive_update import random_batch
 from policy import Policy, Preset, model_config, never_repack
@@ -67,6 +69,12 @@ def stir(network):
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
 
 
+def test_the_check_before_a_download_finds_card_driver_and_kernel():
+    lines = [preflight.card(not ON_CPU, 7.6e9), preflight.driver(not ON_CPU), preflight.nf4_kernel("nf4", 7.6e9)]
+    FIGURES["check"] = {line.what: line.found for line in lines}
+    assert [line.state for line in lines] == ["ok"] * 3
+
+
 def test_the_layout_of_masked_attention_is_reshaped():
     """Which kernel runs, and that its output survives `attend`: consumer cards return (1, M, H, D) transposed."""
     q = torch.randn(1, 2, 64, 64, device=DEVICE, dtype=torch.bfloat16)
@@ -85,6 +93,18 @@ def test_nf4_products_agree_with_dequantised_weights(rows):
         error = (linear(x) - x @ weight.reshape(512, 256).T).abs().max().item()
     FIGURES[f"nf4 error at {rows} rows"] = error
     assert error < 0.05
+
+
+@pytest.mark.skipif(ON_CPU, reason="the product of bf16 with an fp32 result is a GPU's")
+def test_bf16_logits_are_not_rounded():
+    """At 16 to 32 a logit in bf16 is off by up to 0.06."""
+    hidden = torch.randn(64, 3584, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(4096, 3584, device=DEVICE, dtype=torch.bfloat16) / 8
+    exact = hidden.double() @ weight.double().T
+    ways = (exact_logits(hidden, weight), hidden @ weight.T)
+    errors = [(logits.double() - exact).abs().max().item() for logits in ways]
+    FIGURES["error of logits in fp32, in bf16"] = errors
+    assert errors[0] < 0.01 < errors[1]
 
 
 def test_the_8_bit_optimiser_steps_packs_and_goes_on():

@@ -409,6 +409,38 @@ def test_several_steps_share_one_l_old(folders):
     assert run_update(folders[True], GRPOConfig())[1].clip_fraction == 0  # one step: r is 1
 
 
+def test_the_log_probs_of_chosen_trajectories_are_those_of_a_plain_forward(folders, plain):
+    """Two epochs: l_old before the first step, l before the second, l_ref of the base; one number per token."""
+    policy = stirred(folders[True])
+    batch = make_batch(policy)
+    batch[5] = (replace(batch[5][0], stop_reason="length"), batch[5][1])
+
+    def forward(row):
+        ids, mask = torch.tensor([batch[row][0].ids]), torch.tensor(batch[row][0].mask).bool()
+        with torch.no_grad():
+            return torch.where(mask, plain_logps(policy.model, ids, 0.7)[0][0], 0.0)
+    before = {row: forward(row) for row in (0, 7)}
+    with policy.reference():
+        reference = {row: forward(row) for row in (0, 7)}
+    two = GRPOConfig(epochs=2, token_budget=150)
+    update(policy, Keep(policy.trainable()), batch, replace(two, epochs=1), temperature=0.7)
+    between = {row: forward(row) for row in (0, 7)}
+    assert (between[7] - before[7]).abs().max() > 1e-3
+    for cfg, now in ((two, between), (replace(two, epochs=1, beta=0.0), before)):
+        policy = stirred(folders[True])
+        stats = update(policy, Keep(policy.trainable()), batch, cfg, temperature=0.7, plain=plain, show=[7, 0, 5])
+        assert sorted(stats.shown) == [0, 7]                            # number 5 was cut: it is not in the loss
+        for row, found in stats.shown.items():
+            assert len(found.now) == len(batch[row][0].ids)
+            torch.testing.assert_close(torch.tensor(found.now), now[row], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.tensor(found.old), before[row], rtol=1e-5, atol=1e-5)
+            if cfg.beta:
+                torch.testing.assert_close(torch.tensor(found.ref), reference[row], rtol=1e-5, atol=1e-5)
+            else:
+                assert found.ref is None and found.now == found.old
+    assert not run_update(folders[True], GRPOConfig())[1].shown         # nobody asked
+
+
 def test_each_optimiser_step_begins_with_no_gradient(folders):
     policy = stirred(folders[True])
     optimizer = Keep(policy.trainable(), lr=0.0)

@@ -176,6 +176,29 @@ def test_a_large_model_without_a_usable_gpu_is_refused(folder, monkeypatch):
         load_policy(str(folder))
 
 
+def test_an_out_of_memory_while_loading_is_no_fault_of_the_network(folder, monkeypatch):
+    """train.py then says what helps; the hint of a failed download would not."""
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(policy_module.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_policy(str(folder))
+
+
+def test_a_card_without_bf16_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(UserError, match="Tesla T4 cannot compute in bf16: RTX 30xx"):
+        policy_module.need_bf16()
+
+
+def test_cudnn_computes_no_attention(folder):
+    """It would plan anew, about a second, for each new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_policy(str(folder))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_folder_without_weights_or_with_pickled_ones(folder, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -248,8 +271,9 @@ def test_parameter_counts_are_the_models_own(tmp_path):
         assert sum(parameter_counts(model.config)) == matrices
 
 
-def test_small_models_get_the_tiny_preset(folder):
+def test_presets_by_size(folder):
     assert load_policy(str(folder)).preset.prompt == "short"
+    assert preset_for(135_000_000).settings["lr"] == 3e-4 and preset_for(490_000_000).settings == {"lr": 5e-5}
     assert preset_for(7_600_000_000).settings["lr"] == 1e-5 and preset_for(7_600_000_000).prompt == "full"
 
 

@@ -169,6 +169,37 @@ def test_an_update_equals_the_padded_update(folder, case, kind):
         assert a == b or a == pytest.approx(b, rel=10 * bound, abs=10 * bound), name
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_updates_over_random_trees_equal_the_padded_ones(folder, dtype, bound):
+    """Identical siblings, one inside another, nothing in common, dropped and replayed ones, in every mixture."""
+    policy = exact(folder) if dtype == torch.float64 else stirred(folder)
+    start = [p.detach().clone() for p in policy.trainable()]
+
+    @given(SEQUENCES, st.integers(0, 2**32), st.sampled_from(sorted(CASES)))
+    @settings(max_examples=25, deadline=None)
+    def check(sequences, seed, case):
+        cfg, rng, batch = replace(GRPOConfig(beta=0.05, max_grad_norm=1e9), **CASES[case]), random.Random(seed), []
+        for i, ids in enumerate(sequences):
+            mask = [0, 1] + [int(rng.random() < 0.6) for _ in ids[2:]]
+            logps = [-rng.uniform(3, 7) * m for m in mask]
+            stop = rng.choice(["answer", "answer", "answer", "length"])
+            t = Trajectory(f"task{i // 3}", i, i % 2, ids, mask, logps, 1, [], None, stop, 0.0)
+            batch += [(t, rng.gauss(0, 1))] if rng.random() < 0.9 else []
+        seen = []
+        for plain in (True, False):
+            with torch.no_grad():
+                for p, value in zip(policy.trainable(), start):
+                    p.copy_(value)
+            optimizer = Keep(policy.trainable(), lr=1e-3)
+            stats = update(policy, optimizer, batch, cfg, plain=plain, seed=seed)
+            numbers = [stats.loss or 0.0, stats.kl or 0.0, stats.entropy or 0.0, *stats.off_policy_each]
+            seen.append([torch.tensor(numbers), *sum(optimizer.seen, [])])
+        scale = max([g.abs().max().item() for g in seen[0][1:]], default=1.0)
+        for i, (a, b) in enumerate(zip(*seen, strict=True)):
+            torch.testing.assert_close(a, b, rtol=max(bound, 1e-6 * (i == 0)), atol=10 * bound * (scale if i else 1.0))
+    check()
+
+
 def test_siblings_stay_in_one_minibatch(folder):
     from grpo import split_groups
     policy = stirred(folder)

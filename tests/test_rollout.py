@@ -605,6 +605,10 @@ def test_prompts_say_what_there_is():
     assert "weigh" not in short
     with pytest.raises(UserError, match="short or full"):
         build_prompt(Chat(TOKENIZER), task, [], "long")
+    own = TOKENIZER.decode(build_prompt(Chat(TOKENIZER), task, [weigh], "full", "Be quick."))
+    assert "system\nBe quick." in own and "weigh(thing" in own and "You answer" not in own
+    with pytest.raises(UserError, match="tiny model"):
+        build_prompt(Chat(TOKENIZER), task, [], "short", "Be quick.")
 
 
 def test_a_template_that_forgets_gets_its_glue_all_the_same_and_one_that_rewrites_is_refused():
@@ -664,6 +668,43 @@ def test_a_host_failure_ends_one_trajectory_and_not_the_batch(tiny, executor, pl
     bad = Task("bad", tasks[0].question, "", files={"../x": b""})       # the executor refuses such a name
     [[t]] = rollout(tiny, [bad], executor, BUILTIN_TOOLS, tiny_sampling(tiny, temperature=0, plain=plain), 1, 0)
     assert t.stop_reason == "error" and "../x" in t.error
+
+
+def test_an_out_of_memory_while_sampling_goes_on_with_half_the_slots(tiny, executor, monkeypatch):
+    """Once for the cache, once in a tick when some have ended and some are in a session: the same trajectories."""
+    tasks, sampling = builtin_tasks("train", 4, 0), tiny_sampling(tiny, slots=8)
+    expected = rollout(tiny, tasks, executor, BUILTIN_TOOLS, sampling, 3, 0)
+    make_cache, forward, made, ended = engine_module.key_value_cache, Engine.forward, [], []
+
+    def failing_cache(model, slots, context):
+        made.append(slots)
+        if slots > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make_cache(model, slots, context)
+
+    def failing_forward(engine, tick):
+        if len(engine.workers) == 4 and len(ended) >= 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(engine, tick)
+    monkeypatch.setattr(engine_module, "key_value_cache", failing_cache)
+    monkeypatch.setattr(Engine, "forward", failing_forward)
+    sessions = Sessions(executor, lambda number: None)
+    with pytest.warns(UserWarning, match="out of memory while sampling: 2 slots go on"):
+        out = rollout(tiny, tasks, sessions, BUILTIN_TOOLS, sampling, 3, 0, SimpleNamespace(update=ended.append))
+    assert made == [8, 4, 2] and sampling.slots == 2 and len(ended) == 12
+    assert all(same(a, b) for a, b in zip(sum(out, []), sum(expected, []), strict=True))
+    began = time.monotonic()
+    while sessions.open and time.monotonic() - began < 5:               # those that were cut short close in threads
+        time.sleep(0.05)
+    assert not sessions.open
+
+
+def test_an_out_of_memory_with_a_single_slot_is_not_hidden(tiny, executor, monkeypatch):
+    def failing(model, slots, context):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(engine_module, "key_value_cache", failing)
+    with pytest.warns(UserWarning, match="1 slots"), pytest.raises(torch.OutOfMemoryError):
+        rollout(tiny, builtin_tasks("train", 1, 0), executor, BUILTIN_TOOLS, tiny_sampling(tiny), 2, 0)
 
 
 def test_ctrl_c_ends_sampling_promptly_and_closes_every_session():

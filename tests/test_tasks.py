@@ -1,6 +1,7 @@
 """tasks.py: gold answers found in another way, splits that share nothing, difficulty, files read and refused."""
 import ast
 import csv
+import hashlib
 import json
 import re
 from datetime import date
@@ -8,7 +9,8 @@ from datetime import date
 import pytest
 
 from gaia_folder import export_gaia
-from tasks import BUILTIN_TOOLS, CORE, HARD, PERSON, TOWN, Task, builtin_tasks, fact, read_gaia, read_jsonl, side
+from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, RANGES, TOWN, UNITS, Task, builtin_tasks, fact, read_gaia,
+                   read_jsonl, side)
 from machinery.cli import UserError
 from tools import ToolContext, ToolError, prompt_text
 
@@ -99,6 +101,13 @@ def test_the_same_arguments_give_the_same_tasks_and_another_seed_others():
 
 def entities(tasks: list[Task]) -> set[str]:
     return {name for t in tasks for name in NAMES.findall(t.question + str(t.files))}
+
+
+def test_the_built_in_tasks_are_those_of_the_published_figures():
+    """All figures of README are of these tasks: another world, task, answer, file or order is another benchmark."""
+    built = [[task for split in ("train", "heldout") for task in builtin_tasks(split, 220, 0, difficulty=d)]
+             for d in range(4)]
+    assert hashlib.sha256(repr((RANGES, UNITS, built)).encode()).hexdigest()[:12] == "12e0ef3e751d"
 
 
 def test_train_and_heldout_share_no_entity_and_no_value():

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -105,12 +107,12 @@ def test_run_json_holds_what_evaluation_inherits(finished):
 
 def test_no_pickle_anywhere(finished):
     kinds = {path.suffix for path in finished.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".md", ".jinja", ".html"}
 
 
 # ------------------------------------------------------------------------------------------------ resume (trap 10)
 def same_run(one: Path, two: Path):
-    for name in ("metrics.jsonl", "trajectories.jsonl"):
+    for name in ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl"):
         assert untimed(lines(one / name)) == untimed(lines(two / name)), name
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "queue-0.safetensors"):
         a, b = (load_file(checkpoint.latest_state(out) / name) for out in (one, two))
@@ -503,7 +505,35 @@ def test_probe_prints_and_leaves_nothing(tmp_path, capsys):
     assert run("--probe", 4, "--out", tmp_path / "out", "--deterministic") == 0
     text = capsys.readouterr().out
     assert "groups with signal" in text and "in all" in text
+    assert re.search(r"trajectories ended by: .*answer \d+", text) and re.search(r"turns: ok \d+", text)
+    for which in ("right", "wrong"):            # two whole trajectories: the question, the code, the verdict
+        shown = text.partition(f"a {which} one:\n")[2]
+        assert re.match(r"--- train-\w+-\d+: .*\nThought: .*\n```python\n(.|\n)*?--- answer .*, expected", shown)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("signal, right, stops, turns, words", [
+    (0.5, 0.3, {"answer": 1}, {"ok": 1}, []),
+    (0.1, 0.9, {"answer": 1}, {"ok": 1}, ["harder tasks"]),
+    (0.0, 0.0, {"turn_limit": 9, "answer": 1}, {"no code": 50, "ok": 4},
+     ["no Python block", "--max-turns", "easier", "scripts.warm_start"]),
+    (0.0, 0.0, {"length": 5, "context_limit": 5}, {"error": 5, "ok": 5},
+     ["--prompt", "--turn-tokens", "--context-tokens", "easier", "scripts.warm_start"]),
+])
+def test_a_probe_says_what_to_try(signal, right, stops, turns, words):
+    found = console.advice_for(signal, right, Counter(stops), Counter(turns))
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found))
+
+
+def test_a_prompt_that_cannot_work_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("Use ```python blocks.")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe```python final_answer")
+    (tmp_path / "good.txt").write_text("Write ```python blocks and call final_answer(x).")
+    for name, words in (("short.txt", "final_answer"), ("bytes.txt", "cannot be read"), ("none.txt", "cannot be read"),
+                        ("good.txt", "its own prompt alone")):      # the tiny model takes no other prompt
+        assert run("--prompt", tmp_path / name, "--out", tmp_path / "out", "--probe", 1) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: --prompt") and words in error
 
 
 def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
@@ -511,6 +541,13 @@ def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
     assert run("--out", out, "--steps", 500, "--max-hours", 8 / 3600, *SMALL) == 0
     rows = lines(out / "metrics.jsonl")
     assert rows[-1]["step"] < 500 and "heldout_pass8" in rows[-1]
+
+
+def test_what_was_not_measured_is_a_dash_in_the_steps_line():
+    said, numbers = [], dict.fromkeys(re.findall(r"{(\w+)", console.STEP_LINE), 0)
+    m = numbers | {"step": 3, "kl": None}                   # --beta 0: there is no KL
+    console.show_step(SimpleNamespace(step=3, pending=m, history=[m], say=said.append))
+    assert "kl - clip 0.000" in said[0] and "nan" not in said[0]
 
 
 # --------------------------------------------------------------------------------------------------- small parts
@@ -526,12 +563,12 @@ def test_every_setting_has_an_effect():
 
 def test_a_setting_has_one_definition():
     """Sampling and GRPOConfig are sections of Config, not copies; presets name only what differs."""
-    from policy import TINY, preset_for
+    from policy import SMALL, TINY, preset_for
     sections = [section for section in Config.__mro__[1:] if section is not object]
     names = [name for section in sections for name in section.__annotations__]
     assert len(names) == len(set(names)) == len(fields(Config)) and len(sections) == 6
     assert {"Sampling", "GRPOConfig"} <= {section.__name__ for section in sections}
-    for preset in (TINY, preset_for(7_600_000_000)):
+    for preset in (TINY, SMALL, preset_for(7_600_000_000)):
         assert preset.settings.keys() <= set(names)
 
 
