@@ -27,7 +27,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import report
@@ -431,7 +430,7 @@ def command(argv=None):
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}). {way_on(run)}, with fewer --slots, a "
                         "smaller --token-budget, or --vram GIB, which plans both") from error
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot go on ({error}): make room, or mend the folder. {way_on(run)}") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(way_on(run)) from None

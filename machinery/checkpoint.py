@@ -155,9 +155,9 @@ def save(run):
         if run.main:
             save_shared(run, part)
         barrier()                                   # all is written
-    except (OSError, SafetensorError):              # a full disk: give back what little there was
+    except (OSError, SafetensorError) as error:     # a full disk: give back what little there was
         shutil.rmtree(part, ignore_errors=True)
-        raise
+        raise OSError(error) from error
     if run.main:
         part.rename(whole)
         publish(whole, run.out)
