@@ -38,7 +38,7 @@ from rollout import Sampling, Trajectory, check_context, rollout
 from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, missing_files, read_gaia
 from machinery import console
 from machinery.cli import OneLineParser, UserError, exit_status
-from machinery.folder import alone_in, append, claim_folder, reading, replace_file, writing
+from machinery.folder import alone_in, append, claim_folder, reading
 from machinery.live_tools import preflight_table
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from machinery.text import clean, token_texts
@@ -126,7 +126,7 @@ def evaluate(evaluation: Evaluation, executor: Executor) -> list[dict]:
             bar.update()
             bar.set_postfix(right=sum(r["official"] for r in records.values()))
             if record["category"] != "infrastructure":
-                append(file, [record], WAY_ON)
+                append(file, [record])
 
         for _ in range(1 + RETRIES):
             for s, tasks in batches(missing):
@@ -138,7 +138,8 @@ def evaluate(evaluation: Evaluation, executor: Executor) -> list[dict]:
             ask_llm(evaluation.judge, list(records.values()))
         finally:                                # Ctrl-C: the opinions so far were paid for
             kept = [r for r in records.values() if r["category"] != "infrastructure"]
-            replace_file(file, "".join(json.dumps(r) + "\n" for r in kept), WAY_ON)
+            file.with_suffix(".partial").write_text("".join(json.dumps(r) + "\n" for r in kept))
+            file.with_suffix(".partial").replace(file)
     return [records[s, task.id] for s, task in wanted]
 
 
@@ -185,8 +186,7 @@ def read_records(file: Path, repair: bool = False) -> list[dict]:
     complete = data[:data.rfind(b"\n") + 1]
     if repair and len(complete) < len(data):
         os.truncate(file, len(complete))
-    with reading(file):
-        return [json.loads(line) for line in complete.splitlines()]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -390,14 +390,14 @@ def finish(evaluation: Evaluation, records: list[dict]) -> None:
         lines = [{"task_id": r["task_id"], "model_answer": r["answer"] or "",
                   "reasoning_trace": "\n".join(turn["text"] for turn in r["trajectory"]["steps"])}
                  for r in records if r["sample"] == 0]
-        replace_file(args.out / "submission.jsonl", "".join(json.dumps(line) + "\n" for line in lines), WAY_ON)
+        (args.out / "submission.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if any(r["gold"] == HIDDEN for r in records):
         print(f"the answers are hidden, so nothing is scored; --export writes {args.out}/submission.jsonl")
         return                                   # and no page, which would call every answer wrong
     result = {**summary(records, args.samples), "data": "gaia" if args.gaia_dir else "offline",
               "cache": web.cache.digest(), "cache_counts": web.cache.counts,
               "benchmark_pages_dropped": web.counts["benchmark"]}
-    replace_file(args.out / "results.json", json.dumps(result, indent=1), WAY_ON)
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
     print(console.evaluation_tables(result))
     sizes = {level: s["n"] for level, s in result["levels"].items()}
     if args.gaia_dir and sizes != OFFICIAL:
@@ -416,24 +416,19 @@ def command(args) -> None:
     else:
         tasks = builtin_tasks("heldout", 264, 0, difficulty=run["difficulty"])
     tasks = choose_tasks(args, tasks)
-    with alone_in(args.out), Executor(args.sandbox) as executor:
-        evaluation = prepare(args, run, tasks)
-        open_folder(args.out, json.dumps(settings_of(evaluation, run), indent=1))
-        announce(evaluation, executor.sandbox)
-        try:
-            records = evaluate(evaluation, executor)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(WAY_ON) from None
-        finish(evaluation, records)
-
-
-def open_folder(out: Path, settings: str):
-    """Go on in a folder that was made with the same settings; an evaluation with others is moved aside."""
-    stored = out / "settings.json"
-    with writing("Or name another --out"):
-        if not stored.is_file() or stored.read_bytes() != settings.encode():
-            claim_folder(out, "settings.json", "evaluation")
-            stored.write_text(settings)
+    try:
+        with alone_in(args.out), Executor(args.sandbox) as executor:
+            evaluation = prepare(args, run, tasks)
+            settings, stored = json.dumps(settings_of(evaluation, run), indent=1), args.out / "settings.json"
+            if not stored.is_file() or stored.read_bytes() != settings.encode():        # with the same ones it goes on
+                claim_folder(args.out, "settings.json", "evaluation")
+                stored.write_text(settings)
+            announce(evaluation, executor.sandbox)
+            finish(evaluation, evaluate(evaluation, executor))
+    except OSError as error:
+        raise UserError(f"cannot go on ({error}): make room, or mend the folder. {WAY_ON}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(WAY_ON) from None
 
 
 def main(argv=None) -> int:

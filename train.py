@@ -161,7 +161,7 @@ def finish_step(run: Run):
     run.pending["seconds_total"] = round(run.elapsed(), 2)
     run.history.append(run.pending)
     if run.main:
-        append(run.out / "metrics.jsonl", [run.pending], way_on(run))
+        append(run.out / "metrics.jsonl", [run.pending])
     console.show_step(run)
     report.refresh(run)
     run.pending = None
@@ -430,6 +430,8 @@ def command(argv=None):
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}). {way_on(run)}, with fewer --slots, a "
                         "smaller --token-budget, or --vram GIB, which plans both") from error
+    except OSError as error:
+        raise UserError(f"cannot go on ({error}): make room, or mend the folder. {way_on(run)}") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(way_on(run)) from None
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from machinery.cli import UserError, flag_name
-from machinery.folder import append, claim_folder, reading, writing
+from machinery.folder import append, claim_folder, reading
 from machinery.ranks import barrier, everyone
 from machinery.text import token_texts
 from policy import check_base, save_adapter
@@ -50,7 +51,7 @@ def log_trajectories(run, groups: list, fresh: list, replayed: list, stats):
                          "advantage": a, **light(t)})
     for part in everyone(rows):
         if run.main:
-            append(run.out / "trajectories.jsonl", part, way_on(run))
+            append(run.out / "trajectories.jsonl", part)
     log_tokens(run, groups, fresh, replayed, stats)
 
 
@@ -87,7 +88,7 @@ def log_tokens(run, groups: list, fresh: list, replayed: list, stats):
         rows.append(row)
     for part in everyone(rows):
         if run.main:
-            append(run.out / "tokens.jsonl", part, way_on(run))
+            append(run.out / "tokens.jsonl", part)
 
 
 def shorter(values: list[float]) -> list[float]:
@@ -111,12 +112,11 @@ def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
     inherited["defaults"] = asdict(type(run.cfg)()) | run.policy.preset.settings
     if run.main:
-        with writing("Or name another --out"):
-            claim_folder(run.out, "run.json", "run")
-            (run.out / "best").mkdir()
-            for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it
-                write_synced(folder / "run.json", json.dumps(inherited, indent=1))
-                save_adapter(run.policy, folder)
+        claim_folder(run.out, "run.json", "run")
+        (run.out / "best").mkdir()
+        for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it
+            write_synced(folder / "run.json", json.dumps(inherited, indent=1))
+            save_adapter(run.policy, folder)
     save(run)
 
 
@@ -144,7 +144,7 @@ def save(run):
     """Write the checkpoint of run.step into a new folder and rename it. Then the adapter in out/ is replaced by it."""
     states = run.out / "state"
     part, whole = states / "partial", states / f"step-{run.step:06d}"
-    with writing(way_on(run), part):
+    try:
         if run.main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -155,11 +155,14 @@ def save(run):
         if run.main:
             save_shared(run, part)
         barrier()                                   # all is written
-        if run.main:
-            part.rename(whole)
-            publish(run, whole, run.out)
-            for old in sorted(states.glob("step-*"))[:-2]:
-                shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:     # a full disk: give back what little there was
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(error) from error
+    if run.main:
+        part.rename(whole)
+        publish(whole, run.out)
+        for old in sorted(states.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
 
 
 def save_shared(run, part: Path):
@@ -174,11 +177,10 @@ def save_shared(run, part: Path):
     write_synced(part / "state.json", json.dumps(state))
 
 
-def publish(run, state: Path, folder: Path):
+def publish(state: Path, folder: Path):
     """Replace the adapter's weights in `folder` by those of a checkpoint, in one step."""
-    with writing(way_on(run)):
-        shutil.copyfile(state / "adapter_model.safetensors", folder / "adapter.partial")
-        os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
+    shutil.copyfile(state / "adapter_model.safetensors", folder / "adapter.partial")
+    os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
 
 
 def keep_best(run):
@@ -186,7 +188,7 @@ def keep_best(run):
     if run.pending["heldout_quick"] > run.best:
         run.best = run.pending["heldout_quick"]
         if run.main:
-            publish(run, latest_state(run.out), run.out / "best")
+            publish(latest_state(run.out), run.out / "best")
 
 
 def latest_state(out: Path) -> Path:
@@ -196,19 +198,12 @@ def latest_state(out: Path) -> Path:
     return states[-1]
 
 
-def metrics_until(run, sizes: dict[str, int]) -> list[dict]:
-    """What metrics.jsonl held at the checkpoint. UserError if a log is not what this run had written by then."""
-    for name, size in sizes.items():
-        if size and (run.out / name).exists():      # a long trajectories.jsonl may have been put elsewhere
-            with (run.out / name).open("rb") as log:
-                log.seek(size - 1)
-                if log.read(1) != b"\n":
-                    raise UserError(f"{run.out / name} has other lines than this run wrote until then: put them back")
-    metrics = run.out / "metrics.jsonl"
-    written = metrics.read_bytes()[:sizes["metrics.jsonl"]] if metrics.exists() else b""
-    history = [json.loads(line) for line in written.splitlines()]
+def metrics_until(run, size: int) -> list[dict]:
+    """The lines of metrics.jsonl at the checkpoint. UserError unless they are one for each step of this run so far."""
+    file = run.out / "metrics.jsonl"
+    history = [json.loads(line) for line in (file.read_bytes()[:size] if file.exists() else b"").splitlines()]
     if [row["step"] for row in history] != list(range(run.step)):
-        raise UserError(f"{metrics} has not one line for each step of this run until then: put its own back")
+        raise UserError(f"{file} has not one line for each step of this run until then: put its own back")
     return history
 
 
@@ -231,13 +226,13 @@ def restore(run, make_group):
         run.queue.load_state_dict(unpack_queue(tensors, packed, make_group))
         for name in (*PROGRESS, "seconds", "cpu_seconds"):
             setattr(run, name, state[name])
-        run.history = metrics_until(run, state["logs"])
+        run.history = metrics_until(run, state["logs"]["metrics.jsonl"])
     barrier()                                       # all have read them
     if run.main:
         for name, size in state["logs"].items():
-            if (run.out / name).exists():
+            if (run.out / name).exists() and (run.out / name).stat().st_size > size:
                 os.truncate(run.out / name, size)
-        publish(run, folder, run.out)
+        publish(folder, run.out)
     run.say(f"resumed {run.out} after step {run.step}")
 
 

@@ -33,19 +33,16 @@ class Output:
 
     def write(self, text: str) -> int:
         encoding = self.stream.encoding or "utf-8"
-        with self.dropping():
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        self.attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self):
-        with self.dropping():
-            self.stream.flush()
+        self.attempt(self.stream.flush)
 
-    @contextlib.contextmanager
-    def dropping(self):
+    def attempt(self, action: Callable, *arguments):
         """After an error (| head has gone, the disk is full) everything goes to /dev/null, Python's last flush too."""
         try:
-            yield
+            action(*arguments)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 

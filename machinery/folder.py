@@ -1,14 +1,12 @@
 """The folder of a run or an evaluation: one process at a time works in it, and nothing in it is ever overwritten.
 
-Owns `alone_in` (the lock), `claim_folder`, and what turns the errors of files into one line: `writing`, `reading`,
-`append`, `replace_file`.
+Owns `alone_in` (the lock), `claim_folder`, `append`, and `reading`: the errors of a foreign file as one line.
 """
 import contextlib
 import fcntl
 import itertools
 import json
 import os
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,15 +16,11 @@ from machinery.cli import UserError
 
 @contextlib.contextmanager
 def alone_in(out: Path):
-    """No second process works in `out` until this block ends; it gets a UserError instead.
-
-    The lock is an flock: the kernel frees it however this process ends. It lies beside the folder, which may be moved.
-    """
+    """No second process works in `out` until this block ends; it gets a UserError instead. The lock lies beside the
+    folder, which may be moved. It is an flock: the kernel frees it however this process ends."""
     name = Path(f"{out.resolve()}.lock")
-    with writing("Or name another --out"):
-        name.parent.mkdir(parents=True, exist_ok=True)
-        file = locked(name, out)
-    with file:
+    name.parent.mkdir(parents=True, exist_ok=True)
+    with locked(name, out) as file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -44,14 +38,13 @@ def locked(name: Path, out: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"--out {out}: process {file.read() or '(unknown)'} works in it; wait for its end, or name "
-                            "another folder") from None
+            raise UserError(f"--out {out}: process {file.read()} works in it; wait for its end, or name another "
+                            "folder") from None
         except OSError as error:                        # some network file systems have no locks
             print(f"warning: {name} cannot be locked ({error.strerror}): start no second run in {out}")
-        with contextlib.suppress(FileNotFoundError):    # the last holder has removed it, perhaps: then once more
-            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
-                return file
-        file.close()
+        if name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat()):
+            return file
+        file.close()                                    # the last holder has just removed it: once more
 
 
 def claim_folder(out: Path, mark: str, what: str):
@@ -69,18 +62,6 @@ def claim_folder(out: Path, mark: str, what: str):
 
 
 @contextlib.contextmanager
-def writing(way_on: str, part: Path | None = None):
-    """What a full disk or a forbidden folder raises, as one line; the unfinished folder `part` is removed.
-    way_on: what is whole, and how to go on."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot write ({error}): make room, or mend the folder. {way_on}") from error
-
-
-@contextlib.contextmanager
 def reading(what: str | Path, hint: str = ""):
     """Whatever a damaged or foreign file raises while it is read and taken apart, as one line that names it."""
     try:
@@ -95,15 +76,7 @@ def reading(what: str | Path, hint: str = ""):
         raise UserError(f"{what}: cannot be read: {why[:300]}{hint and '. ' + hint}") from error
 
 
-def append(file: Path, rows: list[dict], way_on: str):
+def append(file: Path, rows: list[dict]):
     """Add lines of JSON to a log."""
-    with writing(way_on), file.open("a") as log:
+    with file.open("a") as log:
         log.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def replace_file(file: Path, text: str, way_on: str):
-    """Give a file a new content, in one step."""
-    part = file.with_name(f"{file.name}.partial")
-    with writing(way_on):
-        part.write_text(text)
-        os.replace(part, file)

@@ -1,12 +1,16 @@
 """eval_gaia.py: figures checked by hand; evaluations with the built-in model, killed, resumed, compared, refused."""
+import io
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,12 +144,21 @@ WAYS = {
     "step_limit": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok"), False, False),
     "no_answer": (trajectory("", steps=[OK]), [], False, False),
     "context_limit": (trajectory("context_limit", steps=[OK]), [], False, False),
+    "length": (trajectory("length", steps=[OK, (None, "", "")]), [], False, False),
     "timeout": (trajectory("turn_limit", steps=[("x", "", "timeout")]), [], False, False)}
 
 
 @pytest.mark.parametrize("category", WAYS)
 def test_what_became_of_a_trajectory(category):
     assert category_of(*WAYS[category]) == category
+
+
+@pytest.mark.parametrize("stop", ["length", "context_limit"])
+def test_a_limit_that_came_before_any_code_is_no_missing_code(stop):
+    for steps in ([], [(None, "", "")], [(None, "", ""), (None, "", "")]):
+        assert category_of(trajectory(stop, steps=steps), [], False, False) == stop
+    assert category_of(trajectory(stop, steps=[BAD, (None, "", "")]), calls("blocked"), False, False) == "blocked"
+    assert category_of(trajectory("turn_limit", steps=[(None, "", "")] * 6), [], False, False) == "no_code"
 
 
 def test_batches_never_hold_a_question_twice():
@@ -182,7 +195,8 @@ def test_the_preflight_counts_web_calls(tmp_path, monkeypatch, capsys):
     for spec, wanted in [("record", "about 36 if every turn makes one (6 trajectories of 6 turns)"),
                          ("replay", "none")]:
         web = open_web(spec)
-        announce(Evaluation(parse_args(["--gaia-dir", "GAIA", "--samples", "2"]), tasks, SimpleNamespace(name="m"),
+        args = parse_args(["--gaia-dir", "GAIA", "--samples", "2", "--no-preflight"])
+        announce(Evaluation(args, tasks, SimpleNamespace(name="m"),
                             load_tools("web", web), [], web, None, Sampling(max_turns=6)), "none")
         out = capsys.readouterr().out
         assert f"  web calls: {wanted}\n" in out
@@ -212,8 +226,9 @@ def gaia(folder, n=12):
 
 
 def test_killed_in_the_middle_and_resumed(here):
-    """kill -9 once the first records are written: the same command does the rest, and nothing twice."""
-    tasks = gaia(here / "GAIA", 90)
+    """kill -9 once the first record is written, while others are sampled: the same command does the rest, nothing
+    twice."""
+    tasks = gaia(here / "GAIA", 60)
     command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev",
                "--export"]
     file = here / "ev" / "trajectories.jsonl"
@@ -225,19 +240,19 @@ def test_killed_in_the_middle_and_resumed(here):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = read_records(file)
-    assert 0 < len(before) < 90 and not (here / "ev" / "results.json").exists()
+    assert 0 < len(before) < 60 and not (here / "ev" / "results.json").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"resumed ev: {len(before)} of 90 are done" in done.stdout and "sandbox" in done.stdout
+    assert f"resumed ev: {len(before)} of 60 are done" in done.stdout and "sandbox" in done.stdout
     after, result = read_records(file), json.loads((here / "ev" / "results.json").read_text())
     assert after[:len(before)] == before and Counter(r["task_id"] for r in after) == {t.id: 1 for t in tasks}
-    assert result["n"] == 90 and result["accuracy"] == sum(r["official"] for r in after) / 90
+    assert result["n"] == 60 and result["accuracy"] == sum(r["official"] for r in after) / 60
     assert {k: v["n"] for k, v in result["levels"].items()} == Counter(t.level for t in tasks)
     assert result["accuracy"] > 0.05
     assert any(r["official"] for r in after if r["attachment"] == ".csv")              # it can read files
     assert "this is not the whole validation split" in done.stdout
     lines = [json.loads(x) for x in (here / "ev" / "submission.jsonl").read_text().splitlines()]
-    assert len(lines) == 90 and set(lines[0]) == {"task_id", "model_answer", "reasoning_trace"}
+    assert len(lines) == 60 and set(lines[0]) == {"task_id", "model_answer", "reasoning_trace"}
     saved = next(r for r in after if r["tool_calls"])["trajectory"]
     assert len(saved["ids"]) == len(saved["mask"]) and saved["steps"][0]["code"]
 
@@ -285,6 +300,59 @@ def test_the_settings_of_training_are_used_for_its_checkpoint(here, capsys):
     assert [r["trajectory"]["ids"] for r in base] != [r["trajectory"]["ids"] for r in records]
     (here / "out" / "run.json").unlink()                                   # an adapter that train.py did not write
     assert main(["--ckpt", "out", "--limit", "2", "--out", "foreign"]) == 0
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 30 kB: writes fail as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limit[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_does_the_rest(here, capsys, small_disk):
+    command = ["--limit", "12", "--out", "ev"]
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: cannot go on ([Errno 27]") and "the same command does the rest" in error
+    small_disk()
+    before = read_records(here / "ev" / "trajectories.jsonl")
+    assert 0 < len(before) < 12 and main(command) == 0
+    assert f"{len(before)} of 12 are done" in capsys.readouterr().out
+    after = read_records(here / "ev" / "trajectories.jsonl")
+    assert after[:len(before)] == before and len({r["task_id"] for r in after}) == len(after) == 12
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(here, capsys):
+    (here / "file").write_text("")
+    for out in ("file", "file/ev", "/proc/ev", "x" * 5000):
+        assert main(["--limit", "1", "--out", out]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: cannot go on") and "mend the folder" in error
+
+
+def test_the_bar_says_how_many_are_right(here, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(eval_gaia, "tqdm", partial(eval_gaia.tqdm, file=shown, mininterval=0))
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    assert main(["--limit", "8", "--out", "ev"]) == 0
+    right = sum(r["official"] for r in read_records(here / "ev" / "trajectories.jsonl"))
+    assert re.findall(r"right=(\d+)", shown.getvalue())[-1] == str(right)
+
+
+def test_gaia_without_its_attachments_serves_the_questions_that_need_none(here, capsys):
+    tasks = gaia(here / "GAIA")
+    files = [file for task in tasks for file in task.files.values()]
+    for file in files:
+        file.unlink()
+    assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 2
+    error = capsys.readouterr().err
+    assert f"{len(files)} attachments of these questions are missing" in error and "hf download" in error
+    assert "--text-only" in error
+    for flags in (["--text-only", "--limit", "2"], ["--ids", next(task.id for task in tasks if not task.files)]):
+        assert main(["--gaia-dir", "GAIA", "--out", "ev", *flags]) == 0
+        assert f"{len(files)} attachments of other questions are missing" in capsys.readouterr().out
 
 
 def test_host_failures_are_retried_and_never_written(here, monkeypatch, capsys):

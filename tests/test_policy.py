@@ -1,13 +1,14 @@
 """policy.py: names, loading, the adapter on disk, NF4 on the CPU, presets and the memory plan."""
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
@@ -119,6 +120,32 @@ def test_a_broken_adapter_is_one_clear_line(folder, tmp_path, spoil):
     with pytest.raises(UserError, match="adapter") as caught:
         load_policy(str(folder), adapter=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_loaded_on_its_own_base_alone(folder, tmp_path):
+    """Bases of one shape and name: they are told apart by their weights, whatever dtype they are loaded in."""
+    ours, other = tmp_path / "ours" / "m", tmp_path / "other" / "m"
+    for copy in (ours, other):
+        shutil.copytree(folder, copy)
+    weights = load_file(other / "model.safetensors")
+    [middle] = [name for name in weights if "layers.1.mlp.down_proj" in name]
+    weights[middle] += 0.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    policy = load_policy(str(ours))
+    kinds = {load_policy(str(ours), quantize=q, dtype=d).base_weights
+             for q, d in (("nf4", None), ("none", torch.bfloat16), ("none", torch.float64))}
+    assert kinds == {policy.base_weights} != {load_policy(str(other)).base_weights}
+    save_adapter(policy, tmp_path / "out")
+    load_policy(str(other), adapter=tmp_path / "out")          # nothing but the name is known, and that is the same
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"base_weights": policy.base_weights}))
+    with pytest.raises(UserError, match="was trained on .*/ours/m, and .*/other/m has other weights"):
+        load_policy(str(other), adapter=tmp_path / "out")
+    load_policy(str(other), adapter=tmp_path / "out", any_base=True)
+    ours.rename(tmp_path / "moved")
+    load_policy(str(tmp_path / "moved"), adapter=tmp_path / "out")          # the same weights under another name
+    (tmp_path / "out" / "run.json").unlink()
+    with pytest.raises(UserError, match="/moved has another name"):
+        load_policy(str(tmp_path / "moved"), adapter=tmp_path / "out")
 
 
 def test_names(folder, monkeypatch):

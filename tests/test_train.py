@@ -276,7 +276,75 @@ def test_unknown_flags_and_values(capsys, tmp_path):
 
 def test_a_forbidden_folder_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    assert "Not a directory" in fails(capsys, "--out", tmp_path / "file" / "out", *SMALL)
+    for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out", tmp_path / ("x" * 5000)):
+        error = fails(capsys, "--out", out, *SMALL)
+        assert "cannot go on" in error and "Nothing was trained yet" in error and "checkpoint" not in error
+
+
+def test_an_end_while_loading_speaks_of_no_checkpoint(capsys, monkeypatch, tmp_path, finished):
+    """Neither of this run, which has none, nor of the finished one that lies in --out."""
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "load_policy", pressed)
+    for out in (tmp_path / "out", finished):
+        assert run("--out", out, *SMALL) == 130
+        error = capsys.readouterr().err
+        assert "Nothing was trained yet" in error and "--resume" not in error
+
+
+def test_a_context_that_holds_no_prompt_and_no_turn_is_refused(capsys, tmp_path):
+    out = ["--out", tmp_path / "out", *SMALL]
+    for tokens in (1, 40, 100):
+        assert re.search(rf"--context-tokens {tokens}: the shortest prompt has \d+ tokens, and a turn .* 96",
+                         fails(capsys, *out, "--context-tokens", tokens))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_takes_only_the_logs_of_its_run(capsys, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    metrics, trajectories = (out / name for name in ("metrics.jsonl", "trajectories.jsonl"))
+    whole = {file: file.read_bytes() for file in (metrics, trajectories)}
+    rows = whole[metrics].splitlines(keepends=True)
+    for wrong in (b"".join([*rows[1:], rows[0]]), b"".join(rows[2:]), b""):
+        metrics.write_bytes(wrong)
+        assert "metrics.jsonl" in fails(capsys, "--out", out, "--resume", "--steps", 4)
+        assert metrics.read_bytes() == wrong and trajectories.read_bytes() == whole[trajectories]
+    metrics.unlink()
+    assert "metrics.jsonl" in fails(capsys, "--out", out, "--resume", "--steps", 4)
+    metrics.write_bytes(whole[metrics])
+    trajectories.unlink()                                    # it is long: one may have put it elsewhere
+    assert run("--out", out, "--resume", "--steps", 4) == 0
+    assert [row["step"] for row in lines(metrics)] == [0, 1, 2, 3, 4]
+    assert {row["step"] for row in lines(trajectories)} == {4}
+
+
+@pytest.mark.parametrize("name", ["state.json", "queue-0.json", "queue-0.safetensors", "adapter_model.safetensors",
+                                  "optimizer.safetensors", "run.json"])
+def test_a_damaged_checkpoint_is_one_line(capsys, finished, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    file = out / name if name == "run.json" else checkpoint.latest_state(out) / name
+    for damage in (b"", b"[]", b"{}", file.read_bytes()[:-9]):
+        file.write_bytes(damage)
+        assert "cannot be read" in fails(capsys, "--out", out, "--resume", "--steps", 4)
+
+
+def test_resume_refuses_a_base_with_other_weights(capsys, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(TINY_DIR, model)
+    assert run("--model", model, "--out", out, "--steps", 0, *SMALL) == 0
+    weights = load_file(model / "model.safetensors")
+    checkpoint.save_file({name: tensor * 1.01 for name, tensor in weights.items()}, model / "model.safetensors",
+                         {"format": "pt"})
+    assert "has other weights" in fails(capsys, "--out", out, "--resume", "--steps", 1)
+
+
+def test_a_slash_at_the_end_of_out_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda run: None)
+    monkeypatch.setattr(console, "report", lambda run: None)
+    assert run("--out", f"{tmp_path / 'new' / 'out'}/", "--judge", "local", *SMALL) == 0
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"out", "out.judge.sqlite"}
 
 
 def test_vram_plans_around_what_was_given(capsys, monkeypatch, tmp_path):
@@ -307,7 +375,7 @@ def test_out_of_memory_is_one_line_with_a_way_on(capsys, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
     monkeypatch.setattr(train, "load_policy", full)
     error = fails(capsys, "--out", tmp_path / "out")
-    assert f"--resume --out {tmp_path / 'out'}" in error and "--vram" in error and "CUDA out of memory)" in error
+    assert "--vram" in error and "CUDA out of memory)" in error and "Nothing was trained yet" in error
 
 
 def test_malformed_data_names_file_and_line(capsys, tmp_path):
