@@ -131,7 +131,7 @@ def evaluation(out: Path) -> dict:
         outcome = "right" if line["official"] else "wrong"
         row = row_of(line["trajectory"]) | {
             "outcome": "unjudged" if line["gold"] == HIDDEN else outcome, "sample": line["sample"],
-            "answer": cut(line["answer"]), "category": line["category"], "heuristic": line["heuristic"],
+            "answer": cut(line["answer"]), "category": cut(line["category"]), "heuristic": cut(line["heuristic"]),
             "llm": line["llm"]}
         group["rows"].append(row)
         places.append((offset, row, group))
@@ -294,7 +294,7 @@ def parsed(line: bytes) -> dict:
 
 def cut(text: str | None) -> str | None:
     """A text without the middle of what is longer than LONGEST."""
-    if text is None or len(text) <= LONGEST:
+    if text is None or len(text := str(text)) <= LONGEST:
         return text
     half, out = LONGEST // 2, len(text) - LONGEST
     return f"{text[:half]}\n[... {out} characters left out of this page ...]\n{text[-half:]}"

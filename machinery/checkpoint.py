@@ -110,7 +110,8 @@ def cpu_seconds(run) -> float:
 # ------------------------------------------------------------------------------------------------- a run's beginning
 def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
-    inherited["defaults"] = asdict(type(run.cfg)()) | run.policy.preset.settings
+    defaults = asdict(type(run.cfg)()) | run.policy.preset.settings
+    inherited["defaults"] = defaults | {"decay_steps": defaults["decay_steps"] or defaults["steps"]}
     if run.main:
         claim_folder(run.out, "run.json", "run")
         (run.out / "best").mkdir()
