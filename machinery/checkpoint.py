@@ -202,9 +202,10 @@ def latest_state(out: Path) -> Path:
 def metrics_until(run, size: int) -> list[dict]:
     """The lines of metrics.jsonl at the checkpoint. UserError unless they are one for each step of this run so far."""
     file = run.out / "metrics.jsonl"
-    history = [json.loads(line) for line in (file.read_bytes()[:size] if file.exists() else b"").splitlines()]
-    if [row["step"] for row in history] != list(range(run.step)):
-        raise UserError(f"{file} has not one line for each step of this run until then: put its own back")
+    with reading(file, "Put that of this run back"):
+        history = [json.loads(line) for line in (file.read_bytes()[:size] if file.exists() else b"").splitlines()]
+        if [row["step"] for row in history] != list(range(run.step)):
+            raise UserError("not one line for each step of this run until its checkpoint: put its own file back")
     return history
 
 
@@ -227,7 +228,7 @@ def restore(run, make_group):
         run.queue.load_state_dict(unpack_queue(tensors, packed, make_group))
         for name in (*PROGRESS, "seconds", "cpu_seconds"):
             setattr(run, name, state[name])
-        run.history = metrics_until(run, state["logs"]["metrics.jsonl"])
+    run.history = metrics_until(run, state["logs"]["metrics.jsonl"])
     barrier()                                       # all have read them
     if run.main:
         for name, size in state["logs"].items():

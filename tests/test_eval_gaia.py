@@ -304,24 +304,24 @@ def test_the_settings_of_training_are_used_for_its_checkpoint(here, capsys):
 
 @pytest.fixture
 def small_disk():
-    """No file may grow beyond 30 kB: writes fail as on a full disk."""
+    """No file may grow beyond 100 kB: writes fail as on a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_does_the_rest(here, capsys, small_disk):
-    command = ["--limit", "12", "--out", "ev"]
+    command = ["--limit", "40", "--out", "ev"]
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: cannot go on ([Errno 27]") and "the same command does the rest" in error
     small_disk()
     before = read_records(here / "ev" / "trajectories.jsonl")
-    assert 0 < len(before) < 12 and main(command) == 0
-    assert f"{len(before)} of 12 are done" in capsys.readouterr().out
+    assert 0 < len(before) < 40 and main(command) == 0
+    assert f"{len(before)} of 40 are done" in capsys.readouterr().out
     after = read_records(here / "ev" / "trajectories.jsonl")
-    assert after[:len(before)] == before and len({r["task_id"] for r in after}) == len(after) == 12
+    assert after[:len(before)] == before and len({r["task_id"] for r in after}) == len(after) == 40
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(here, capsys):
