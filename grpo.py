@@ -41,10 +41,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from machinery.cli import UserError, option
-from machinery.engine import attention
+from machinery.engine import attention, refusal
 from machinery.head import head_logps
 from machinery.memory import halving
-from machinery.prefix_tree import Tree, make_tree, pack, shared_heads, tree_logps
+from machinery.prefix_tree import Tree, make_tree, pack, tree_logps
 from machinery.ranks import sum_gradients, sum_over_ranks
 from machinery.update_stats import UpdateStats
 from policy import Policy
@@ -272,14 +272,14 @@ def in_loss(trajectory: Trajectory) -> bool:
     return trajectory.stop_reason not in ("length", "context_limit") and any(trajectory.mask)
 
 
-def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device, shared: int = 0) -> list[MicroBatch]:
+def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device, trees=False) -> list[MicroBatch]:
     """Those rows in micro-batches of up to token_budget tokens; a longer trajectory goes alone.
 
-    shared 0: padded; the longest first, and padding counts. Else as prefix trees (machinery/prefix_tree.py), in
-    which every distinct prefix counts once, for a model with that many query heads per key head.
+    Padded, the longest first, and padding counts. Or as prefix trees (machinery/prefix_tree.py), in which every
+    distinct prefix counts once.
     """
     sequences = [batch[row][0].ids for row in rows]
-    parts = pack(sequences, token_budget) if shared else pack_padded(sequences, token_budget)
+    parts = pack(sequences, token_budget) if trees else pack_padded(sequences, token_budget)
     made = []
     for part in parts:
         trajectories = [batch[rows[i]][0] for i in part]
@@ -290,8 +290,8 @@ def micro_batches(batch: Batch, rows: Sequence[int], token_budget: int, device, 
         ids = padded("ids", torch.long)
         advantages = [[batch[rows[i]][1]] for i in part]
         tree = None
-        if shared:
-            tree = make_tree([t.ids for t in trajectories], shared, device, ids.shape[1])
+        if trees:
+            tree = make_tree([t.ids for t in trajectories], device, ids.shape[1])
         made.append(MicroBatch(
             [rows[i] for i in part],
             ids,
@@ -379,12 +379,12 @@ def update(
     """
     stats = UpdateStats(token_budget=cfg.token_budget)
     sums = Counter()
-    shared = 0 if plain else shared_heads(policy.model)
+    trees = not plain and not refusal(policy.model)
     minibatches = []
     for rows in split_groups(batch, cfg.minibatches, seed):
-        minibatches.append(micro_batches(batch, rows, cfg.token_budget, policy.device, shared))
+        minibatches.append(micro_batches(batch, rows, cfg.token_budget, policy.device, trees))
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
-    with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
+    with attention(policy.model, "prefix_tree") if trees else contextlib.nullcontext():
         for k in range(cfg.minibatches):                # halving: tries again with less after an out-of-memory
             halving(lambda m: score(policy, m, cfg, temperature), minibatches, k, stats)
         for k in list(range(cfg.minibatches)) * cfg.epochs:

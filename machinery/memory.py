@@ -44,7 +44,7 @@ def memory(config, nf4: bool, slots: int, token_budget: int, context: int, lora_
 @dataclass(frozen=True)
 class Plan:
     slots: int                      # trajectories decoded at once
-    token_budget: int               # padded tokens per micro-batch
+    token_budget: int               # tokens per micro-batch, each distinct prefix once
     context_tokens: int
     parts: dict[str, tuple[float, float]]
 

@@ -20,10 +20,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from machinery.engine import refusal
 from machinery.head import head_logps
 
 SHORTEST = 8        # a branch-free run shorter than this is repeated below its branches: one attention call less
+LONGEST = 512       # a longer one is cut, unless it is a root: one mask would be as large as a segment times its depth
 
 
 @dataclass
@@ -74,6 +74,21 @@ def prefix_tree(sequences: Sequence[Sequence[int]], shortest: int = SHORTEST) ->
     return segments
 
 
+def cut_long(segments: list[Segment], longest: int) -> list[Segment]:
+    """The same tree with each segment that is no root in pieces of up to `longest` tokens, one below the other."""
+    cut: list[Segment] = []
+    last = []               # the index in `cut` of each segment's last piece
+    for segment in segments:
+        parent, step = None, segment.end - segment.start
+        if segment.parent is not None:
+            parent, step = last[segment.parent], longest
+        for start in range(segment.start, segment.end, step):
+            cut.append(Segment(segment.members, start, min(start + step, segment.end), parent))
+            parent = len(cut) - 1
+        last.append(parent)
+    return cut
+
+
 def pack(sequences: Sequence[Sequence[int]], token_budget: int) -> list[list[int]]:
     """Indices of the sequences, in parts whose trees have up to token_budget tokens; a longer sequence goes alone."""
     parts: list[list[int]] = []
@@ -101,18 +116,17 @@ class Tree:
     place: torch.Tensor             # (B, T) where in the row a sequence's token stands, 0 for padding
     lengths: list[int]              # (S) of the segments
     paths: list[list[int]]          # (S) a segment's ancestors and itself, root first
-    masks: list[torch.Tensor]       # (S) what a segment attends to: (G * length, depth at its end), bool
+    masks: list[torch.Tensor | None]    # (S) what a segment attends to: (length, depth at its end), bool; None: a root
     sequences: list[list[int]]
-    shared_heads: int
 
     def __getitem__(self, rows: slice) -> "Tree":
         """The tree of some of the sequences."""
-        return make_tree(self.sequences[rows], self.shared_heads, self.ids.device, self.place.shape[1])
+        return make_tree(self.sequences[rows], self.ids.device, self.place.shape[1])
 
 
-def make_tree(sequences: list[list[int]], shared_heads: int, device, width: int, shortest: int = SHORTEST) -> Tree:
-    """The tree of the sequences. shared_heads: G, the query heads per key head. width: T."""
-    segments = prefix_tree(sequences, shortest)
+def make_tree(sequences: list[list[int]], device, width: int, shortest=SHORTEST, longest=LONGEST) -> Tree:
+    """The tree of the sequences. width: T. shortest, longest: of a segment that is no root."""
+    segments = cut_long(prefix_tree(sequences, shortest), longest)
     place = torch.zeros(len(sequences), width, dtype=torch.long)
     ids, depths, previous, paths, masks, ends = [], [], [], [], [], []
     for i, segment in enumerate(segments):
@@ -125,40 +139,30 @@ def make_tree(sequences: list[list[int]], shared_heads: int, device, width: int,
         paths.append(([] if segment.parent is None else paths[segment.parent]) + [i])
         place[segment.members, segment.start:segment.end] = torch.arange(begin, begin + length)
         keys, queries = torch.arange(segment.end), torch.arange(segment.start, segment.end)
-        masks.append((keys <= queries[:, None]).repeat(shared_heads, 1).to(device))
+        masks.append((keys <= queries[:, None]).to(device) if segment.parent is not None else None)
     tensors = [torch.tensor(column, dtype=torch.long, device=device) for column in (ids, depths, previous)]
     lengths = [segment.end - segment.start for segment in segments]
-    return Tree(*tensors, place.to(device), lengths, paths, masks, sequences, shared_heads)
+    return Tree(*tensors, place.to(device), lengths, paths, masks, sequences)
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, tree=None, **_):
     """transformers' attention interface: (1, H, N, D), (1, Hkv, N, D) twice -> (1, N, H, D).
 
-    The G query heads that share a key head are rows of one query matrix: keys are never repeated.
+    Key heads stand where a batch would, and the G query heads that share one see it `expand`ed: nothing is copied.
     """
-    heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[3]
+    kv_heads = key.shape[1]
     queries = query[0].unflatten(0, (kv_heads, -1)).split(tree.lengths, dim=2)          # S x (Hkv, G, L, D)
     keys, values = key[0].split(tree.lengths, dim=1), value[0].split(tree.lengths, dim=1)   # S x (Hkv, L, D)
     mixed = []
     for rows, path, mask in zip(queries, tree.paths, tree.masks):
-        out = scaled_dot_product_attention(
-            rows.flatten(1, 2)[None],                                                   # (1, Hkv, G * L, D)
-            torch.cat([keys[i] for i in path], dim=1)[None],                            # (1, Hkv, depth, D)
-            torch.cat([values[i] for i in path], dim=1)[None],
-            attn_mask=mask, scale=scaling)
-        mixed.append(out.reshape(heads, -1, size).transpose(0, 1))                      # (L, H, D)
+        known = [torch.cat([parts[i] for i in path], dim=1)[:, None].expand(-1, rows.shape[1], -1, -1)
+                 for parts in (keys, values)]                                           # 2 x (Hkv, G, depth, D)
+        out = scaled_dot_product_attention(rows, *known, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        mixed.append(out.flatten(0, 1).transpose(0, 1))                                 # (L, H, D)
     return torch.cat(mixed)[None], None
 
 
 AttentionInterface.register("prefix_tree", attend)
-
-
-def shared_heads(model) -> int:
-    """Query heads per key head; 0 where the model's attention cannot be replaced by `attend`."""
-    config = model.config
-    if refusal(model):
-        return 0
-    return config.num_attention_heads // config.num_key_value_heads
 
 
 def tree_logps(model, tree: Tree, mask: torch.Tensor, temperature: float):

@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo import GRPOConfig, token_logps, update
 from machinery.engine import attention
-from machinery.prefix_tree import make_tree, pack, prefix_tree, shared_heads, tree_logps
+from meter import LiveBytes
+from machinery.prefix_tree import cut_long, make_tree, pack, prefix_tree, tree_logps
+from policy import Policy, Preset, new_adapter
 from rollout import Trajectory
 from test_grpo import Keep, stirred
 from test_policy import make_model
@@ -34,10 +37,11 @@ def exact(folder, **options):
 
 
 # ------------------------------------------------------------------------------------------------------- the tree
-@given(SEQUENCES, st.integers(1, 12))
+@given(SEQUENCES, st.integers(1, 12), st.integers(1, 50))
 @settings(max_examples=300, deadline=None)
-def test_every_token_of_every_sequence_lies_in_one_segment_of_its_path(sequences, shortest):
-    segments = prefix_tree(sequences, shortest)
+def test_every_token_of_every_sequence_lies_in_one_segment_of_its_path(sequences, shortest, longest):
+    segments = cut_long(prefix_tree(sequences, shortest), longest)
+    assert all(s.end - s.start <= longest for s in segments if s.parent is not None)
     for i, sequence in enumerate(sequences):
         mine = [s for s in segments if i in s.members]
         assert [t for s in mine for t in sequences[s.members[0]][s.start:s.end]] == sequence
@@ -77,12 +81,11 @@ def test_parts_keep_the_budget_of_tree_tokens(sequences, budget):
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_log_probs_entropies_and_gradients_equal_the_padded_ones(folder, dtype, bound):
     policy = exact(folder) if dtype == torch.float64 else stirred(folder)
-    heads = shared_heads(policy.model)
-    assert heads == 2
+    assert policy.model.config.num_attention_heads == 2 * policy.model.config.num_key_value_heads
 
-    @given(SEQUENCES, st.integers(0, 2**32), st.integers(1, 9))
+    @given(SEQUENCES, st.integers(0, 2**32), st.integers(1, 9), st.integers(3, 50))
     @settings(max_examples=40, deadline=None)
-    def check(sequences, seed, shortest):
+    def check(sequences, seed, shortest, longest):
         g = torch.Generator().manual_seed(seed)
         width = max(map(len, sequences))
         ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
@@ -94,7 +97,7 @@ def test_log_probs_entropies_and_gradients_equal_the_padded_ones(folder, dtype, 
         results = []
         for way in ("padded", "tree"):
             policy.model.zero_grad()
-            tree = make_tree(sequences, heads, ids.device, width, shortest)
+            tree = make_tree(sequences, ids.device, width, shortest, longest)
             with attention(policy.model, "prefix_tree"):
                 if way == "tree":
                     logp, entropy = tree_logps(policy.model, tree, mask, 0.7)
@@ -198,6 +201,27 @@ def test_updates_over_random_trees_equal_the_padded_ones(folder, dtype, bound):
         for i, (a, b) in enumerate(zip(*seen, strict=True)):
             torch.testing.assert_close(a, b, rtol=max(bound, 1e-6 * (i == 0)), atol=10 * bound * (scale if i else 1.0))
     check()
+
+
+@pytest.mark.parametrize("lengths, common", [([1500], 0), ([1500, 1400], 200), ([900] * 3, 500)])
+def test_long_trajectories_take_no_more_memory_than_padded(lengths, common):
+    """A mask of a segment times its depth, per query head, would be the largest tensor of the update."""
+    config = Qwen2Config(hidden_size=512, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2,
+                         intermediate_size=1024, vocab_size=256)
+    network = new_adapter(Qwen2ForCausalLM(config).requires_grad_(False))
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    policy, rng, batch = Policy(network, None, network.device, "random weights", Preset()), random.Random(0), []
+    begin = [rng.randrange(256) for _ in range(common)]
+    for i, n in enumerate(lengths):
+        ids, mask = begin + [rng.randrange(256) for _ in range(n - common)], [0] * (n - 100) + [1] * 100
+        logps = [-5.5 * m for m in mask]
+        batch.append((Trajectory("task", i, 0, ids, mask, logps, common, [], None, "answer", 0.0), 1.0))
+    peaks = []
+    for plain in (True, False):
+        with LiveBytes([*network.parameters(), *network.buffers()]) as live:
+            update(policy, Keep(policy.trainable(), lr=0.0), batch, GRPOConfig(token_budget=10**6), plain=plain)
+        peaks.append(live.peak)
+    assert peaks[1] < 1.15 * peaks[0]
 
 
 def test_siblings_stay_in_one_minibatch(folder):
