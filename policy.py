@@ -50,7 +50,7 @@ TINY = Preset("short", {
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 512, "observation_tokens": 64, "groups": 12, "steps": 50,
     "lr": 1e-3, "schedule": "cosine", "minibatches": 3, "token_budget": 2048, "eval_every": 25, "eval_tasks": 52})
 
-SMALL = Preset("full", {        # measured on SmolLM2-135M after scripts/warm_start.py, two CPU cores
+SMALL = Preset("full", {        # for SmolLM2-135M after its warm start, on two CPU cores; no whole run yet
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 6, "resample": 1,
     "steps": 12, "lr": 3e-4, "warmup": 2, "beta": 0.0, "eval_every": 6, "eval_tasks": 8})
 
