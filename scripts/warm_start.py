@@ -48,8 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from executor import CellResult
 from grpo import GRPOConfig, micro_batches
 from machinery.cli import OneLineParser, UserError, exit_status
-from machinery.engine import attention
-from machinery.prefix_tree import shared_heads
+from machinery.engine import attention, refusal
 from policy import TINY, Policy, load_policy, readable_errors
 from rollout import Chat, Trajectory, build_prompt, read_prompt
 from tasks import BUILTIN_TOOLS, Task, make_question
@@ -154,10 +153,10 @@ def imitate(policy: Policy, chat: Chat, rng: random.Random, demonstrations: int,
         ids, mask = demonstrate(chat, family, rng, way, policy.preset.prompt, prompt)
         batch.append((Trajectory("", i, 0, ids, mask, [0.0] * len(ids), 0, [], None, "answer", 0.0), 0.0))
     tokens, total = sum(sum(trajectory.mask) for trajectory, _ in batch), 0.0
-    shared = shared_heads(policy.model)
+    trees = not refusal(policy.model)
     policy.model.eval()         # there is no dropout; without activation checkpointing, since batches are small
-    with attention(policy.model, "prefix_tree") if shared else contextlib.nullcontext():
-        for micro in micro_batches(batch, range(demonstrations), GRPOConfig.token_budget, policy.device, shared):
+    with attention(policy.model, "prefix_tree") if trees else contextlib.nullcontext():
+        for micro in micro_batches(batch, range(demonstrations), GRPOConfig.token_budget, policy.device, trees):
             logp, _ = micro.logps(policy, 1.0)      # (B, T), 0 where the policy wrote nothing
             loss = -logp.sum() / tokens
             loss.backward()
