@@ -544,7 +544,7 @@ def test_the_settings_where_nothing_is_said():
     settings = {f.name: f for f in dataclasses.fields(Sampling)}
     assert {name: f.default for name, f in settings.items()} == {
         "temperature": 1.0, "max_turns": 6, "turn_tokens": 1024, "context_tokens": 8192, "observation_tokens": 2000,
-        "slots": None, "deterministic": False, "plain": False}
+        "slots": None, "deterministic": False, "plain": False, "prompt": None}
     assert all(f.metadata["flag"] and not f.metadata["zero"] for f in settings.values())
 
 
@@ -699,7 +699,7 @@ def test_an_out_of_memory_while_sampling_goes_on_with_half_the_slots(tiny, execu
     monkeypatch.setattr(Engine, "forward", failing_forward)
     sessions = Sessions(executor, lambda number: None)
     with pytest.warns(UserWarning, match="out of memory while sampling: 2 slots go on"):
-        out = rollout(tiny, tasks, sessions, BUILTIN_TOOLS, sampling, 3, 0, SimpleNamespace(update=ended.append))
+        out = rollout(tiny, tasks, sessions, BUILTIN_TOOLS, sampling, 3, 0, ended.append)
     assert made == [8, 4, 2] and sampling.slots == 2 and len(ended) == 12
     assert all(same(a, b) for a, b in zip(sum(out, []), sum(expected, []), strict=True))
     began = time.monotonic()
