@@ -299,6 +299,10 @@ def training_run(ckpt: Path | None) -> dict:
     if (ckpt / "run.json").is_file():
         with reading(ckpt / "run.json"):
             stored = json.loads((ckpt / "run.json").read_text())
+            for file in (stored.get("tools") or "").split(","):
+                if Path(file).is_file() and Path(file).resolve().is_relative_to(ckpt.resolve()):
+                    raise UserError(f"it would run {file}, which came with it; if you trust that, put it elsewhere "
+                                    "and name it with --tools")
             return run | stored | {key: stored["config"][key] for key in ("model", "difficulty")}
     with reading(ckpt / "adapter_config.json", "There is no adapter in this folder, then"):
         return run | {"model": json.loads((ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]}

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -26,14 +27,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class Output:
-    """A standard stream that never ends a run: what its encoding lacks is escaped, what nobody reads is dropped."""
+    """A standard stream that never ends a run: what nobody reads is dropped. What its encoding lacks is escaped, and so
+    are control characters: the texts of models and data could rewrite the terminal."""
+    CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")       # None: closed by the shell (>&-)
 
     def write(self, text: str) -> int:
-        encoding = self.stream.encoding or "utf-8"
-        self.attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        plain, encoding = self.CONTROL.sub(lambda c: f"\\x{ord(c[0]):02x}", text), self.stream.encoding or "utf-8"
+        self.attempt(self.stream.write, plain.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self):

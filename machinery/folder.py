@@ -42,9 +42,10 @@ def locked(name: Path, out: Path):
                             "folder") from None
         except OSError as error:                        # some network file systems have no locks
             print(f"warning: {name} cannot be locked ({error.strerror}): start no second run in {out}")
-        if name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat()):
-            return file
-        file.close()                                    # the last holder has just removed it: once more
+        with contextlib.suppress(FileNotFoundError):    # the last holder has just removed it: once more
+            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+                return file
+        file.close()
 
 
 def claim_folder(out: Path, mark: str, what: str):
@@ -72,6 +73,8 @@ def reading(what: str | Path, hint: str = ""):
         raise UserError(f"{what}: {error}: pip install -r requirements-gaia.txt") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
             SafetensorError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: no file's fault
+            raise
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
         raise UserError(f"{what}: cannot be read: {why[:300]}{hint and '. ' + hint}") from error
 

@@ -355,6 +355,16 @@ def test_gaia_without_its_attachments_serves_the_questions_that_need_none(here, 
         assert f"{len(files)} attachments of other questions are missing" in capsys.readouterr().out
 
 
+def test_a_program_that_came_with_a_checkpoint_is_not_run(here, capsys):
+    (here / "got").mkdir()
+    code = "from tools import tool\n@tool\ndef extra(x: str) -> str:\n    'Do.'\n    return x\nopen('ran', 'w')\n"
+    (here / "got" / "mine.py").write_text(code)
+    stored = {"config": {"model": "tiny", "difficulty": 0}, "model": "tiny", "quantize": "none", "sampling": None}
+    (here / "got" / "run.json").write_text(json.dumps(stored | {"tools": "got/mine.py"}))
+    assert main(["--ckpt", "got", "--out", "ev"]) == 2 and not (here / "ran").exists()
+    assert "run.json: it would run got/mine.py, which came with it" in capsys.readouterr().err
+
+
 def test_host_failures_are_retried_and_never_written(here, monkeypatch, capsys):
     """The host fails twice for one question, always for another: the first gets its answer, the second is missing."""
     real, seen = eval_gaia.rollout, Counter()

@@ -144,6 +144,9 @@ def test_output_never_raises():
     print("Zürich \ud800", file=Output(ascii_only))
     assert ascii_only.buffer.getvalue() == b"Z\\xfcrich \\ud800\n"
     print("nothing", file=Output(None))
+    said = io.StringIO()
+    print("a\tb\r\x1b[2Jc\x00\x9b", file=Output(said))                     # no text clears the terminal
+    assert said.getvalue() == "a\tb\r\\x1b[2Jc\\x00\\x9b\n"
 
 
 def test_a_run_outlives_a_closed_pipe_an_ascii_terminal_and_half_a_character(tmp_path):
