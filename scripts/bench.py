@@ -11,24 +11,20 @@ if __package__ != "scripts":
     sys.exit(2)
 
 import contextlib
-import gc
 import json
 import os
-import platform
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from machinery.memory import memory
-from policy import QWEN25, head_size, model_config, never_repack, new_adapter
+from policy import QWEN25, head_size, load_policy, model_config, never_repack, new_adapter
 import bitsandbytes as bnb      # after policy, which quiets its import
 import grpo
 import rollout
@@ -37,35 +33,14 @@ from machinery.fast_layers import fast_layers
 from machinery.head import head_logps
 from executor import Executor, Limits
 from machinery.cli import OneLineParser, exit_status
+from tasks import BUILTIN_TOOLS, builtin_tasks
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from naive_update import naive_logps, naive_update, random_batch, siblings
 from oracle import oracle
 from scripted import Workload, scripted
 from scripts.bench_step import SIDES, SMOLLM2, WORKLOADS as STEPS, as_policy, bench_step
-
-
-def measured(device: torch.device, work) -> tuple[object, dict]:
-    """(work(), its figures): seconds, GiB at the peak, and GiB at the peak above what was held before. On the CPU:
-    processor seconds, as other programs do not count, and the memory that the kernel counts for this process."""
-    gpu = device.type == "cuda"
-
-    def gib(name: str, counter) -> float:
-        if gpu:
-            return counter() / 2**30
-        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-    gc.collect()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")       # VmHWM, the peak of VmRSS, begins again
-    held, wall, cpu = gib("VmRSS", torch.cuda.memory_allocated), time.perf_counter(), time.process_time()
-    result = work()
-    if gpu:
-        torch.cuda.synchronize()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = gib("VmHWM", torch.cuda.max_memory_allocated)
-    return result, {"seconds": wall if gpu else cpu, "wall_s": wall, "peak_gib": peak, "gib": peak - held}
+from scripts.measure import cap_memory, machine, measured
 
 
 # ------------------------------------------------------------------------------------------------ the rollout
@@ -148,11 +123,6 @@ def roofline_share(model, result: dict) -> float:
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 2   # bytes, bf16
     context = sum(i for _, _, mask, *_ in result["out"] for i, m in enumerate(mask) if m)       # tokens
     return (result["steps"] * weights + context * token) / bandwidth / result["seconds"]
-
-
-def cap_memory(gib: float) -> None:
-    _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def host_time() -> dict[str, float]:
@@ -257,21 +227,41 @@ def bench_update(args) -> dict:
 
 
 def bench_prefix_tree(quick: bool) -> dict:
-    """The padded update over the one in which every distinct prefix is computed once: time and memory, at the shape of
-    SmolLM2-135M: 4 groups of 8 with a system prompt of 350 tokens, questions of 30, 80 sampled. quick: smaller."""
+    """The padded update over the one in which every distinct prefix is computed once: time and memory. At the shape of
+    SmolLM2-135M: 4 groups of 8 with a system prompt of 350 tokens, questions of 30, 80 sampled; quick: smaller. And
+    with the trajectories that the built-in model samples for a step of `python train.py`."""
     config = SMALL if quick else SMOLLM2
     network = new_adapter(AutoModelForCausalLM.from_config(config).requires_grad_(False))
     network.activation_checkpointing_enable({"use_reentrant": False})
-    policy = as_policy(network.eval())
-    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)
     batch = siblings(config.vocab_size, *((70, 6, 16) if quick else (350, 30, 80)))
-    (padded_loss, padded), (loss, tree) = [measured(network.device, lambda plain=plain: grpo.update(
+    padded, tree = padded_and_tree(as_policy(network.eval()), batch)
+    figures = {"prefix_tree_ratio": padded["seconds"] / tree["seconds"], "prefix_tree_seconds": tree["seconds"]}
+    if not quick:                                               # small ones are noise
+        figures["prefix_tree_memory_ratio"] = padded["gib"] / tree["gib"]
+    built_in = [padded_and_tree(*built_in_batch()) for _ in range(3)]
+    seconds = [min(found[way]["seconds"] for found in built_in) for way in (0, 1)]
+    return figures | {"prefix_tree_ratio_built_in": seconds[0] / seconds[1]}
+
+
+def padded_and_tree(policy, batch) -> list[dict]:
+    """What an update takes in both ways."""
+    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)     # the weights stay the same
+    (padded_loss, padded), (loss, tree) = [measured(policy.device, lambda plain=plain: grpo.update(
         policy, optimizer, batch, grpo.GRPOConfig(), plain=plain).loss) for plain in (True, False)]
     if abs(padded_loss - loss) > 1e-5:
         raise AssertionError("the two updates have different losses")
-    memory_ratio = {} if quick else {"prefix_tree_memory_ratio": padded["gib"] / tree["gib"]}    # small ones are noise
-    return {"prefix_tree_ratio": padded["seconds"] / tree["seconds"], "prefix_tree_seconds": tree["seconds"],
-            **memory_ratio}
+    return [padded, tree]
+
+
+def built_in_batch() -> tuple:
+    """(the built-in model, trajectories of a step with advantages that sum up to 0)."""
+    policy = load_policy("tiny")
+    preset = policy.preset.settings
+    limits = {f.name: preset[f.name] for f in fields(rollout.Sampling) if f.name in preset}
+    with Executor("auto") as executor:
+        groups = rollout.rollout(policy, builtin_tasks("train", preset["groups"], 0), executor, BUILTIN_TOOLS,
+                                 rollout.Sampling(**limits), samples=8, seed=0)
+    return policy, [(trajectory, (-1.0) ** i) for group in groups for i, trajectory in enumerate(group)]
 
 
 def bench_real_shape(args) -> dict:
@@ -407,14 +397,6 @@ def peers(loop: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def machine() -> dict:
-    """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpu": gpu,
-            "torch": torch.__version__, "transformers": transformers.__version__,
-            "date": time.strftime("%Y-%m-%d", time.gmtime())}
-
-
 def main() -> None:
     parser = OneLineParser(prog="-m scripts.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)

@@ -13,12 +13,10 @@ the shape of a real model, as `load_policy` decides.
 """
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -31,6 +29,7 @@ from policy import TINY_DIR, Policy, Preset, new_adapter
 from reward import Reward
 from rollout import Trajectory, sample_tokens
 from scripted import Workload, scripted
+from scripts.measure import process_gib
 
 SMOLLM2 = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                       num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
@@ -83,8 +82,7 @@ class Meter:
 
     def figures(self) -> dict:
         """The fastest step, as the first one warms up."""
-        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
-        return {"seconds": min(self.seconds), "gib": int(peak) / 2**20, "sampled": self.sampled}
+        return {"seconds": min(self.seconds), "gib": process_gib("VmHWM"), "sampled": self.sampled}
 
 
 def as_policy(network) -> Policy:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench import WORKLOADS, host_time, works_by_slots
+import grpo
+from scripts.bench import WORKLOADS, built_in_batch, host_time, works_by_slots
 from scripts.bench_step import WORKLOADS as STEPS
 from scripted import scripted
 
@@ -45,3 +46,12 @@ def test_groups_of_a_step_share_the_system_prompt_and_siblings_the_question():
         prompts = [episode.prompt for episode in scripted(work, 512)]
         assert all(prompt[:work.system] == prompts[0][:work.system] for prompt in prompts)
         assert prompts[0] == prompts[7] != prompts[8] and len(prompts[8]) == work.prompt
+
+
+def test_trajectories_of_the_built_in_model_share_most_of_their_tokens():
+    """What the update computes once: at most a quarter of what it computes with padding."""
+    policy, batch = built_in_batch()
+    rows = [i for i, (trajectory, _) in enumerate(batch) if grpo.in_loss(trajectory)]
+    padded = sum(micro.ids.numel() for micro in grpo.micro_batches(batch, rows, 2048, policy.device))
+    tree = sum(len(micro.tree.ids) for micro in grpo.micro_batches(batch, rows, 2048, policy.device, trees=True))
+    assert len(rows) > 80 and 4 * tree < padded
