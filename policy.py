@@ -202,8 +202,8 @@ def check_base(folder: Path, name: str, weights: str):
         made_for = str(json.loads(config.read_text())["base_model_name_or_path"])
     what, ours, its = ("weights", weights, known) if known else ("name", Path(name).name, Path(made_for).name)
     if ours != its:
-        raise UserError(f"{folder} was trained on {made_for}, and {name} differs in its {what}: give the adapter its own "
-                        "base, or eval_gaia.py --any-base")
+        raise UserError(f"{folder} was trained on {made_for}, and {name} differs in its {what}: give the adapter its "
+                        "own base, or eval_gaia.py --any-base")
 
 
 LORA_RANK = 16
