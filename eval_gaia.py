@@ -39,12 +39,11 @@ from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, missing_files
 from machinery import console
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.folder import alone_in, append, claim_folder, reading
-from machinery.live_tools import preflight_table
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from machinery.text import clean, token_texts
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
-from tools import NEEDS, Call, Tool, load_tools, open_web, prompt_text
+from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text
 
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke

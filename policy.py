@@ -9,7 +9,6 @@ sampler and scorer see one network in any mode. PEFT's `prepare_model_for_kbit_t
 copies embeddings and head to fp32 (+2 GiB at 7B). The adapter is never merged: in 4 bits most of it would be
 rounded away.
 """
-import contextlib
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from huggingface_hub import snapshot_download
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses a CPU kernel
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)     # peft asks by an old name
 from peft import LoraConfig, PeftModel, get_peft_model          # noqa: E402
-from safetensors import SafetensorError, safe_open              # noqa: E402
+from safetensors import safe_open                               # noqa: E402
 from transformers import (                                      # noqa: E402
     AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen2Config)
 
@@ -127,18 +126,6 @@ def offline(name: str) -> bool:
         return True                 # asked here once: the hub client asks for half a minute, loudly
 
 
-@contextlib.contextmanager
-def readable_errors(what: str, hint: str, away: bool = False):
-    """Whatever a library raises over a file or the network, as one line. away: the hub is out of reach."""
-    try:
-        yield
-    except torch.OutOfMemoryError:                  # no file's and no network's fault: train.py says what helps
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        why = "the hub is out of reach, and no whole copy is cached" if away else " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load {what}: {why}. {hint}") from error
-
-
 HUB_HINT = "Without network, give a local folder (--model DIR) or take the built-in model (--model tiny)"
 
 
@@ -153,7 +140,7 @@ def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype, aw
     """The frozen base in `dtype`, its blocks in NF4 if asked. Weights are read from safetensors only."""
     nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                     bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    with readable_errors(f"the model {name}", HUB_HINT, away):
+    with reading(f"the model {name}", HUB_HINT):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map={"": device}, use_safetensors=True, attn_implementation="sdpa",
             quantization_config=nf4_config if nf4 else None, local_files_only=away)
@@ -189,7 +176,7 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
         raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has no adapter_model.safetensors; pickled adapters (.bin) are never read")
-    with readable_errors(f"the adapter in {folder}", "Was it made for another model, or is a file damaged?"):
+    with reading(f"the adapter in {folder}", "Was it made for another model, or is a file damaged?"):
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
@@ -207,19 +194,16 @@ def weights_hash(name: str) -> str:
 
 
 def check_base(folder: Path, name: str, weights: str):
-    """UserError if the adapter in `folder` was trained on another base than that of this name and hash. It is told by
-    the hash that train.py has left in run.json; without one by the last part of the base's name."""
+    """UserError if the adapter in `folder` was trained on another base than that of this name and hash. The hash is in
+    train.py's run.json; without it the last part of the base's name decides."""
     run, config = folder / "run.json", folder / "adapter_config.json"
     with reading(folder):
         known = json.loads(run.read_text()).get("base_weights") if run.is_file() else None
         made_for = str(json.loads(config.read_text())["base_model_name_or_path"])
-    if known:
-        same, what = known == weights, "has other weights"
-    else:
-        same, what = Path(made_for).name == Path(name).name, "has another name"
-    if not same:
-        raise UserError(f"{folder} was trained on {made_for}, and {name} {what}: give the adapter its own base, or "
-                        "eval_gaia.py --any-base")
+    what, ours, its = ("weights", weights, known) if known else ("name", Path(name).name, Path(made_for).name)
+    if ours != its:
+        raise UserError(f"{folder} was trained on {made_for}, and {name} differs in its {what}: give the adapter its "
+                        "own base, or eval_gaia.py --any-base")
 
 
 LORA_RANK = 16
@@ -245,7 +229,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN plans its attention anew for each shape: 1 s each on Hopper
     parameters = sum(parameter_counts(config))
     away = offline(name)
-    with readable_errors(f"the tokenizer of {name}", HUB_HINT, away):
+    with reading(f"the tokenizer of {name}", HUB_HINT):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)
     if parameters >= 1e9:
@@ -291,7 +275,7 @@ def model_config(model: str):
         return Qwen2Config(**dict(zip(keys, QWEN25[model])))
     name = resolve_model(model)
     away = offline(name)
-    with readable_errors(f"the model {name}", HUB_HINT, away):
+    with reading(f"the model {name}", HUB_HINT):
         config = AutoConfig.from_pretrained(name, local_files_only=away)
         parameter_counts(config)                                # raises for shapes that are not Llama's
         return config

@@ -36,7 +36,6 @@ from machinery import console, ranks
 from machinery.checkpoint import begin, keep_best, log_trajectories, restore, resumed, rows_to_keep, save, way_on
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
 from machinery.folder import alone_in, append
-from machinery.live_tools import preflight_table
 from machinery.memory import apply_plan
 from machinery.preflight import check
 from machinery.ranks import everyone
@@ -47,7 +46,7 @@ from policy import LORA_RANK, Policy, load_policy, model_config, parameter_count
 from reward import Judge, check_judge, compute_rewards
 from rollout import Sampling, Trajectory, check_context, read_prompt, rollout
 from tasks import BUILTIN_TOOLS, HARD, Task, endless, every, read_jsonl, split_tasks
-from tools import load_tools, open_web
+from tools import load_tools, open_web, preflight_table
 
 
 # ------------------------------------------------------------------------------------------------------- the loop

@@ -35,8 +35,9 @@ class Output:
         self.stream = stream or open(os.devnull, "w")       # None: closed by the shell (>&-)
 
     def write(self, text: str) -> int:
-        plain, encoding = self.CONTROL.sub(lambda c: f"\\x{ord(c[0]):02x}", text), self.stream.encoding or "utf-8"
-        self.attempt(self.stream.write, plain.encode(encoding, "backslashreplace").decode(encoding))
+        encoding = self.stream.encoding or "utf-8"
+        text = self.CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+        self.attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self):

@@ -9,8 +9,6 @@ import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from machinery.cli import UserError
 
 
@@ -71,8 +69,7 @@ def reading(what: str | Path, hint: str = ""):
         raise UserError(f"{what}: {error}") from error
     except ImportError as error:
         raise UserError(f"{what}: {error}: pip install -r requirements-gaia.txt") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-            SafetensorError) as error:
+    except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's: no file's fault
             raise
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"

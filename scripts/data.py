@@ -27,7 +27,6 @@ from pathlib import Path
 
 from tasks import CONTROL, Task, read_gaia, read_jsonl, read_rows, text_of
 from machinery.cli import OneLineParser, UserError, exit_status
-from machinery.folder import reading
 from machinery.text import clean, ngrams
 
 VOLATILE = re.compile(
@@ -113,13 +112,12 @@ def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
         try:
             if not isinstance(record, dict):
                 raise Dropped("no record")
-            with reading("a record"):
-                task = pair_of(record, folder)
+            task = pair_of(record, folder)
             if CONTROL.search(task.id):
                 raise Dropped("unprintable id")
             if (key := tuple(re.findall(r"\w+", clean(task.question)))) in seen:
                 raise Dropped("duplicate")
-        except (Dropped, UserError) as reason:
+        except (Dropped, UserError, OSError, AttributeError, TypeError, ValueError) as reason:
             dropped[str(reason) if isinstance(reason, Dropped) else "malformed"] += 1
             continue
         seen.add(key)

@@ -49,7 +49,8 @@ from executor import CellResult
 from grpo import GRPOConfig, micro_batches
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.engine import attention, refusal
-from policy import TINY, Policy, load_policy, readable_errors
+from machinery.folder import reading
+from policy import TINY, Policy, load_policy
 from rollout import Chat, Trajectory, build_prompt, read_prompt
 from tasks import BUILTIN_TOOLS, Task, make_question
 
@@ -134,7 +135,7 @@ def convert_gguf(file: Path, folder: Path):
         raise UserError(f"{file}: a GGUF file needs one more package: pip install gguf") from None
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    with readable_errors(f"the model in {file}", "A GGUF file of Llama's or Qwen2's shape can be read"):
+    with reading(f"the model in {file}", "A GGUF file of Llama's or Qwen2's shape can be read"):
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         config = read.config.to_dict()

@@ -138,13 +138,13 @@ def test_an_adapter_is_loaded_on_its_own_base_alone(folder, tmp_path):
     save_adapter(policy, tmp_path / "out")
     load_policy(str(other), adapter=tmp_path / "out")          # nothing but the name is known, and that is the same
     (tmp_path / "out" / "run.json").write_text(json.dumps({"base_weights": policy.base_weights}))
-    with pytest.raises(UserError, match="was trained on .*/ours/m, and .*/other/m has other weights"):
+    with pytest.raises(UserError, match="was trained on .*/ours/m, and .*/other/m differs in its weights"):
         load_policy(str(other), adapter=tmp_path / "out")
     load_policy(str(other), adapter=tmp_path / "out", any_base=True)
     ours.rename(tmp_path / "moved")
     load_policy(str(tmp_path / "moved"), adapter=tmp_path / "out")          # the same weights under another name
     (tmp_path / "out" / "run.json").unlink()
-    with pytest.raises(UserError, match="/moved has another name"):
+    with pytest.raises(UserError, match="/moved differs in its name"):
         load_policy(str(tmp_path / "moved"), adapter=tmp_path / "out")
 
 
@@ -202,16 +202,16 @@ def test_cudnn_computes_no_attention(folder):
 def test_a_folder_without_weights_or_with_pickled_ones(folder, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_policy(str(tmp_path))
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_policy(str(tmp_path))
 
 
 def test_other_shapes_and_unknown_quantisation_are_refused(folder, tmp_path):
     GPT2Config(n_embd=64, n_layer=1, n_head=2).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_policy(str(tmp_path))
     with pytest.raises(UserError, match="int8"):
         load_policy(str(folder), quantize="int8")

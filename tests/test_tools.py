@@ -20,13 +20,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import tools
-from machinery import documents, live_tools, web
+from machinery import documents, web
 from machinery.cli import UserError, exit_status
 from machinery.documents import WebError, to_text
-from machinery.live_tools import preflight_table
 from machinery.text import holds_benchmark
 from machinery.web import Cache, Web, check_address, open_web
-from tools import Tool, ToolContext, ToolError, fits, known, load_tools, preflight, prompt_text, tool, visit
+from tools import (
+    Tool, ToolContext, ToolError, fits, known, load_tools, preflight, preflight_table, prompt_text, tool, visit)
 
 for package in ("markitdown", "pypdf", "openpyxl"):
     pytest.importorskip(package, reason="pip install -r requirements-gaia.txt")
@@ -814,7 +814,7 @@ def test_the_table_asks_each_web_tool_once_and_shows_the_runs_own_tools_alone(si
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("SEARXNG_URL", site.url)
     monkeypatch.setattr(site, "page_search", site.search({"results": []}), raising=False)
-    monkeypatch.setattr(live_tools, "CALLS", live_tools.CALLS | {"visit": (f"{site.url}/page.html",)})
+    monkeypatch.setattr(tools, "CALLS", tools.CALLS | {"visit": (f"{site.url}/page.html",)})
     recorded = Web(Cache(str(tmp_path / "c.sqlite"), "record"), allow_loopback=True, seconds=2, wayback=site.url,
                    wikipedia="http://127.0.0.1:9/{}")
     own = [t for t in load_tools("web", recorded) if t.name in ("web_search", "visit", "wiki", "read_file")]
