@@ -257,11 +257,13 @@ def judge_list(question: str, gold: str, answer: str) -> str:
         given[-1:] = given[-1].split(" and ")                            # a, b and c
     if len(given) != len(wanted):
         return UNSURE
-    verdicts = [[judge_one(question, w, g) for g in given] for w in wanted]
-    if all(row[i] == RIGHT for i, row in enumerate(verdicts)):
+    verdicts = [judge_one(question, w, g) for w, g in zip(wanted, given)]
+    if set(verdicts) == {RIGHT}:
         return RIGHT
-    missing = any(set(row) == {WRONG} for row in verdicts)
-    return WRONG if missing else UNSURE
+    for w, verdict in zip(wanted, verdicts):
+        if verdict == WRONG and all(judge_one(question, w, g) == WRONG for g in given):
+            return WRONG
+    return UNSURE
 
 
 def fold_case(word: re.Match) -> str:

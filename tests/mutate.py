@@ -8,14 +8,21 @@ and so does the working tree: each mutant runs in a copy. This file holds no tes
 """
 import argparse
 import ast
+import multiprocessing
+import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+import hypothesis    # noqa: F401  the slow imports of the tests, made once
+import peft          # noqa: F401
+import pytest
+import torch         # noqa: F401
+import transformers  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("grpo.py", "queue.py", "reward.py", "rollout.py", "tools.py", "eval_gaia.py", "tasks.py")
@@ -52,23 +59,29 @@ def mutant(file: str, number: int) -> tuple[str, str]:
     return ast.unparse(tree), f"{file}:{node.lineno}  {before}  ->  {ast.unparse(node)}"
 
 
-def run_tests(copy: Path, *options: str) -> tuple[bool, str]:
-    """(whether all passed, what pytest printed)."""
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *options]
-    try:
-        run = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return False, ""
-    return run.returncode == 0, run.stdout
+def in_child(copy: Path, options: list[str]) -> None:
+    """Run pytest in the copy, with what it prints in copy/printed. The slow imports are already there."""
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    sys.stdout = sys.stderr = open("printed", "w")
+    os._exit(pytest.main(["-qx", "-p", "no:cacheprovider", *options]))
+
+
+def run_tests(copy: Path, *options: str) -> bool:
+    """Whether all tests pass."""
+    child = multiprocessing.get_context("fork").Process(target=in_child, args=(copy, options))
+    child.start()
+    child.join(SECONDS)
+    child.kill()
+    return child.exitcode == 0
 
 
 def fast_first(copy: Path, test: str) -> list[str]:
     """The file's tests, the fast ones first: most mutants are killed in a few seconds."""
-    passed, printed = run_tests(copy, test, "--durations=0", "-vvv")
-    if not passed:
+    if not run_tests(copy, test, "--durations=0", "-vvv"):
         raise SystemExit(f"{test} fails without any change")
     seconds = defaultdict(float)
-    for time, name in re.findall(rf"^([\d.]+)s \w+ +({test}::\w+)", printed, re.MULTILINE):
+    for time, name in re.findall(rf"^([\d.]+)s \w+ +({test}::\w+)", (copy / "printed").read_text(), re.MULTILINE):
         seconds[name] += float(time)
     return sorted(seconds, key=seconds.get)
 
@@ -90,7 +103,7 @@ def main() -> None:
             for number in sorted(k for name, k in chosen if name == file):
                 source, what = mutant(file, number)
                 (copy / file).write_text(source)
-                results.append(not run_tests(copy, *tests)[0])
+                results.append(not run_tests(copy, *tests))
                 print("killed  " if results[-1] else "SURVIVED", what, flush=True)
             shutil.copy(ROOT / file, copy / file)
     print(f"{sum(results)} of {len(results)} killed")
