@@ -14,6 +14,7 @@ import re
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -175,6 +176,7 @@ class Episode:
     executor: object
     tools: list
     sampling: Sampling
+    watch: Callable[[Turn], None] = lambda turn: None
     session: object = None      # opened with the first code
     turns: list[Turn] = field(default_factory=list)
     last: int = -1              # the last token of the newest turn
@@ -223,6 +225,7 @@ class Episode:
             turn.status, turn.seconds, self.answer = result.status, result.seconds, result.answer
         ids = self.chat.observation(text, self.sampling.observation_tokens)
         turn.observation = self.chat.tokenizer.decode(ids)
+        self.watch(turn)
         forced = self.chat.between(ids, self.last)
         if self.answer is not None:
             self.stop_reason = "answer"
@@ -326,10 +329,11 @@ def sample_all(model, chat: Chat, episodes: list, sampling: Sampling):
 
 
 def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int,
-            progress=None) -> list[list[Trajectory]]:
+            progress=None, watch: Callable[[Turn], None] = lambda turn: None) -> list[list[Trajectory]]:
     """Sample `samples` trajectories per task, one list per task, with the policy as it is now (the reference, inside
-    `policy.reference()`). progress: a tqdm bar, advanced once per trajectory. Raises UserError for a chat template,
-    a prompt style or a context that cannot be used. What fails in one trajectory ends that one alone ("error")."""
+    `policy.reference()`). progress: a tqdm bar, advanced once per trajectory. watch: called with every turn once
+    its observation is known. Raises UserError for a chat template, a prompt style or a context that cannot be used.
+    What fails in one trajectory ends that one alone ("error")."""
     model, context = policy.model, sampling.context_tokens
     if context > (positions := model.config.max_position_embeddings):
         raise UserError(f"--context-tokens {context}: the model has positions for {positions} tokens")
@@ -339,7 +343,8 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     for group, task in enumerate(tasks):
         prompt = build_prompt(chat, task, tools, policy.preset.prompt)
         for i in range(samples):
-            episodes.append(Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling))
+            episodes.append(
+                Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling, watch))
         seen[task.id] += 1
     with (sampling_mode(model, sampling.deterministic),                         # eval mode, no gradients
           closing(sample_all(model, chat, episodes, sampling)) as ended):       # Ctrl-C closes the sessions, too

@@ -6,6 +6,7 @@ Bad input ends with one clear line and exit status 2, Ctrl-C with 130. Owns `Use
 import argparse
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
@@ -26,6 +27,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def exit_status(command: Callable[[], None]) -> int:
     """Run a command line: 0 done, 2 bad input, 130 interrupted; each in one line."""
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:      # stdin, stdout or stderr was closed: a pipe would
+        pass                                                    # get its number
+    os.close(lowest)
     try:
         command()
     except UserError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import ask
 import eval_gaia
 import train
 
@@ -120,13 +121,15 @@ def test_every_command_names_a_script_and_flags_that_it_knows(monkeypatch, capsy
                 importlib.import_module(module).main()
             known[module, *section] = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         assert set(flags) <= known[module, *section], f"{module}: {flags}"
-    assert {module for module, *_ in found} == {"train", "eval_gaia", "scripts.bench", "scripts.data", "scripts.tiny"}
+    scripts = {f"scripts.{file.stem}" for file in ROOT.glob("scripts/*.py")} - {"scripts.__init__"}
+    assert {module for module, *_ in found} == {"train", "eval_gaia", "ask", *scripts}
 
 
 def test_every_flag_that_the_text_names_exists(monkeypatch, capsys):
-    known = {"--security-opt"}                                  # Docker's
-    for module in (train, eval_gaia, importlib.import_module("scripts.data"), importlib.import_module("scripts.bench")):
-        benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
+    known = {"--security-opt", "--enable-lora"}                 # Docker's, vLLM's
+    scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench")]
+    benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
+    for module in (train, eval_gaia, ask, *scripts):
         for section in benchmarks if module.__name__ == "scripts.bench" else ([],):
             monkeypatch.setattr("sys.argv", ["x", *section, "--help"])
             with pytest.raises(SystemExit):
