@@ -307,12 +307,13 @@ def judge_one(question: str, gold: str, answer: str) -> str:
     if dates(gold) and dates(answer):
         return judge_date(dates(gold), dates(answer))
     wanted = quantity(question, gold)
-    given = quantity(question, answer)
+    brackets = ("[]", "{}") if wanted else ("[]", "{}", "()")            # (5) may be -5
+    if answer[:1] + answer[-1:] in brackets and not re.search(r"[][(){}]", gold):
+        answer = answer[1:-1].strip()
     if wanted:
+        given = quantity(question, answer)
         code = re.match(r"0\d", gold) or CODE.search(question)
         return judge_quantity(wanted, given) if given and not code else UNSURE
-    if answer[:1] + answer[-1:] in ("[]", "()", "{}") and not re.search(r"[][(){}]", gold):
-        answer = answer[1:-1].strip()
     return judge_list(question, gold, answer) if re.search("[,;]", gold) else judge_text(gold, answer)
 
 

@@ -162,9 +162,10 @@ FORMS = [    # gold, answer, verdict; the question asks for nothing but what sta
     ("1, 2, 3", "1, 2", "unsure"), ("1, 2, 3", "1, 2, 3, 4", "unsure"), ("1, 2, 3", "- 1\n- 2\n- 3", "right"),
     ("1, 2, 3", "1. 1\n2. 2\n3. 3", "right"), ("1, 2, 3", "1\n2\n3", "right"), ("1, 2, 3", "- 1, 2, 3", "unsure"),
     ("1, 2, 3", "[1, 2, 3]", "right"), ("(1, 2)", "[1, 2]", "unsure"), ("B", "(B)", "right"), ("B", "(B]", "unsure"),
-    ("5", "(5)", "unsure"), ("Simon and Garfunkel, ABBA", "Simon, Garfunkel, ABBA", "unsure"),
-    ("J. R. R. Tolkien", "JRR Tolkien", "right"), ("U.S.", "US", "right"), ("O'Brien", "OBrien", "right"),
-    ("hell", "he'll", "unsure"), ("notable", "not able", "unsure"), ("Co", "CO", "unsure"), ("MHz", "mHz", "unsure"),
+    ("5", "(5)", "unsure"), ("5", "[5]", "right"), ("[5]", "5", "unsure"),
+    ("Simon and Garfunkel, ABBA", "Simon, Garfunkel, ABBA", "unsure"), ("J. R. R. Tolkien", "JRR Tolkien", "right"),
+    ("U.S.", "US", "right"), ("O'Brien", "OBrien", "right"), ("hell", "he'll", "unsure"),
+    ("notable", "not able", "unsure"), ("Co", "CO", "unsure"), ("MHz", "mHz", "unsure"),
     ("Zürich", "Zurich", "right"), ("Zurich", "Zürich", "unsure"), ("año", "ano", "unsure"),
     ("paris", "PARIS", "right")]
 
