@@ -385,6 +385,7 @@ def test_a_replayed_trajectory_is_shown_at_each_of_its_updates(finished, opened)
                            for r, row in enumerate(group["rows"]) for i, use in enumerate(row["tokens"])
                            if (record := data["tokens"][use])["step"] in group["replayed"] and "now" in record)
     show(page, f"trajectory-{g}-{r}-{i}")
+    assert re.search(rf"update of (step \d+, )*step {record['step']}\. It was replayed", text_of(page, "main"))
     assert any(abs(c - 1) > 1e-6 for c in record["weight"])                      # the policy has moved on
     j = max(range(len(record["weight"])), key=lambda j: abs(record["weight"][j] - 1))
     page.locator(f".t[data-i='{record['sampled'][j]}']").hover()
