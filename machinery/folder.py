@@ -73,7 +73,8 @@ def reading(what: str | Path, hint: str = ""):
         if type(error).__name__ == "OutOfMemoryError":  # torch's: no file's fault
             raise
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-        raise UserError(f"{what}: cannot be read: {why[:300]}{hint and '. ' + hint}") from error
+        why = " ".join(why.split())[:300]
+        raise UserError(f"{what}: cannot be read: {why}{hint and '. ' + hint}") from error
 
 
 def append(file: Path, rows: list[dict]):
