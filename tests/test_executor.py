@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,7 @@ def test_state_persists(executor):
         assert session.execute("f.readline(), round(area(1), 2)").value == "('two\\n', 3.14)"
         assert session.execute("None").value is None
         assert session.execute("import pickle; pickle.loads(pickle.dumps(area)) is area").value == "True"
-        code = "from contextlib import suppress
-from dataclasses import dataclass\n@dataclass\nclass P:\n x: int\nP(1)"
+        code = "from dataclasses import dataclass\n@dataclass\nclass P:\n x: int\nP(1)"
         assert session.execute(code).value == "P(x=1)"
 
 
