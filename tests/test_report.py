@@ -504,13 +504,16 @@ def test_a_failure_category_leads_to_its_questions(evaluated, opened):
     for category, n in results["categories"].items():
         show(page, "run")
         page.get_by_role("button", name=category, exact=True).click()
+        page.locator("main [role=status]").wait_for()
         assert text_of(page, "main [role=status]").startswith(f"{n} traj") and n == sum(
             record["category"] == category for record in records)
     show(page, "run")
     page.get_by_role("button", name="level 2").click()
+    page.locator("main [role=status]").wait_for()
     assert int(text_of(page, "main [role=status]").split()[0]) == sum(record["level"] == "2" for record in records)
     page.locator(".list a").first.click()
     page.locator(".card a").first.click()
+    page.locator(".t").first.wait_for()
     assert page.locator(".t").count() > 40
 
 
