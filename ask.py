@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_gaia import LIMITS, training_run
+from eval_gaia import INHERITED, training_run
 from executor import Executor
 from machinery.cli import OneLineParser, UserError, exit_status
 from machinery.versions import warn_of_other_versions
@@ -52,11 +52,11 @@ def ask(asked: Asked, question: str) -> str | None:
     """The answer to one question, printed turn by turn; None without one."""
     complete = []
 
-    def watch(turn: Turn):
+    def on_turn(turn: Turn):
         complete.append(turn)
         asked.show(f"{turn.text.strip()}\nObservation ({turn.seconds:.1f} s): {turn.observation.strip()}\n")
     task = Task("asked", question, "", asked.files)
-    groups = rollout(asked.policy, [task], asked.executor, asked.tools, asked.sampling, 1, asked.seed, watch=watch)
+    groups = rollout(asked.policy, [task], asked.executor, asked.tools, asked.sampling, 1, asked.seed, on_turn=on_turn)
     trajectory = groups[0][0]
     for turn in trajectory.turns[len(complete):]:       # a limit stopped it, so it has no observation
         asked.show(turn.text.strip())
@@ -120,7 +120,7 @@ def command(args) -> int:
     loaded = load_tools(args.tools or run["tools"])
     policy = load_policy(args.model or run["model"] or "tiny", run["quantize"] or "auto", args.ckpt)
     known = run["sampling"] or policy.preset.settings
-    sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=args.temperature)
+    sampling = Sampling(**{name: known[name] for name in INHERITED if name in known}, temperature=args.temperature)
     builtin = BUILTIN_TOOLS if policy.preset.prompt == "short" or not loaded else []      # as training has them
     tools = load_tools(None, beside=builtin + loaded)
     with Executor(args.sandbox) as executor:

@@ -13,12 +13,16 @@ Rules: the official score decides; heuristic and LLM judge stand beside it. Shar
 the host failed every time, the answer is missing, and counts as wrong. GAIA's test split has no public answers: it is
 exported, not scored.
 """
+from machinery.cli import quiet_imports
+quiet_imports(__name__)
+
 import hashlib
 import itertools
 import json
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,19 +32,24 @@ from tqdm import tqdm
 
 from executor import Executor
 from policy import Policy, load_policy
-from reward import Judge, check_judge, clean, gaia_score, heuristic_judge
-from rollout import Sampling, Trajectory, rollout
-from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, read_gaia
-from machinery.cli import OneLineParser, UserError, claim_folder, exit_status
+from report import write as write_report
+from reward import Judge, check_judge, gaia_score, heuristic_judge
+from rollout import Sampling, Trajectory, check_context, rollout
+from tasks import BUILTIN_TOOLS, HIDDEN, HUB, Task, builtin_tasks, missing_files, read_gaia
+from machinery import console
+from machinery.cli import OneLineParser, UserError, exit_status
+from machinery.folder import alone_in, append, claim_folder, reading
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
+from machinery.text import clean, token_texts
 from machinery.versions import warn_of_other_versions
 from machinery.web import Web
 from tools import NEEDS, Call, Tool, load_tools, open_web, preflight_table, prompt_text
 
 OFFICIAL = {"1": 53, "2": 86, "3": 26}           # questions in GAIA's validation split, by level
 RETRIES = 2                                      # further rounds for trajectories that the host broke
-CHUNK = 64                                       # trajectories that are sampled, then written, together
-LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")       # inherited from training
+WAY_ON = "The records so far are whole: the same command does the rest"
+LIMITS = ("max_turns", "turn_tokens", "context_tokens", "observation_tokens")
+INHERITED = (*LIMITS, "prompt")                  # from training
 
 
 # --------------------------------------------------------------------------------------------- one trajectory
@@ -50,13 +59,14 @@ def category_of(t: Trajectory, calls: list[Call], official: bool, nearly: bool) 
     statuses = [turn.status for turn in t.turns] or [""]
     outcomes = [call.outcome for call in calls]
     absent = [f"NameError: name '{tool.name}'" for tool, *_ in NEEDS]
+    cut = t.stop_reason in ("length", "context_limit")      # perhaps before it could write any code
     repeated = Counter((call.tool, call.arguments) for call in calls)
     applies = {
         "right": official,
         "infrastructure": t.stop_reason == "error",
         "format_only": nearly and t.answer is not None,
         "wrong": t.answer is not None,
-        "no_code": not any(turn.code for turn in t.turns),
+        "no_code": not (cut or any(turn.code for turn in t.turns)),
         "cache_miss": "cache_miss" in outcomes,
         "blocked": "blocked" in outcomes,
         "tool_unavailable": any(name in text for name in absent for text in observations),
@@ -64,23 +74,22 @@ def category_of(t: Trajectory, calls: list[Call], official: bool, nearly: bool) 
         "timeout": "timeout" in statuses + outcomes or "killed" in statuses,
         "syntax": "SyntaxError" in observations[-1],
         "runtime": statuses[-1] == "error",
-        "context_limit": t.stop_reason in ("context_limit", "length"),
+        "length": t.stop_reason == "length",
+        "context_limit": t.stop_reason == "context_limit",
         "step_limit": t.stop_reason == "turn_limit"}
     return next((name for name, true in applies.items() if true), "no_answer")
 
 
-def record_of(task: Task, t: Trajectory, calls: list[Call], judge: Judge) -> dict:
-    """One line of trajectories.jsonl. The LLM judges every answer here, not only those the heuristic is unsure of."""
+def record_of(task: Task, t: Trajectory, calls: list[Call]) -> dict:
+    """One line of trajectories.jsonl, as yet without the LLM's opinion."""
     answer = None if t.stop_reason == "error" else t.answer     # after a failure of the host no answer counts
     official = gaia_score(answer, task.answer) and task.answer != HIDDEN
-    heuristic, llm = heuristic_judge(task.question, task.answer, answer), None
-    if answer is not None and judge.spec != "heuristic":
-        llm = judge.ask(task.question, task.answer, answer)
+    heuristic = heuristic_judge(task.question, task.answer, answer)
     return {
         "task_id": task.id, "sample": t.sample, "level": task.level, "question": task.question, "gold": task.answer,
         "attachment": " ".join(sorted({Path(name).suffix.lower() or "other" for name in task.files})) or "none",
-        "answer": answer, "official": official, "heuristic": heuristic, "llm": llm,
-        "category": category_of(t, calls, official, heuristic == "right" or bool(llm)),
+        "answer": answer, "official": official, "heuristic": heuristic, "llm": None,
+        "category": category_of(t, calls, official, heuristic == "right"),
         "steps": len(t.turns), "tokens": sum(t.mask), "seconds": round(t.seconds, 2),
         "tool_calls": len(calls), "cache_hits": sum(call.hits for call in calls),
         "tool_outcomes": Counter(f"{call.tool} {call.outcome}" for call in calls), "trajectory": t.to_dict()}
@@ -101,46 +110,73 @@ class Evaluation:
 
 
 def evaluate(evaluation: Evaluation, executor: Executor) -> list[dict]:
-    """One record per question and sample. Those that are in the file are kept; the others are sampled and appended."""
+    """One record per question and sample. Those in the file are kept; the others are sampled, each appended as it ends,
+    so in any order. At last a language model, if one judges, gives its opinions."""
     file = evaluation.args.out / "trajectories.jsonl"
-    records = {(r["sample"], r["task_id"]): r for r in read_records(file, repair=True)}
+    with reading(file):
+        records = {(r["sample"], r["task_id"]): r for r in read_records(file, repair=True)}
     wanted = [(s, task) for task in evaluation.tasks for s in range(evaluation.args.samples)]
     missing = [(s, task) for s, task in wanted if (s, task.id) not in records]
     if len(missing) < len(wanted):
         print(f"resumed {file.parent}: {len(wanted) - len(missing)} of {len(wanted)} are done")
-    with tqdm(total=len(missing), unit="trajectory", disable=None) as bar, file.open("a", buffering=1) as out:
+    with tqdm(total=len(missing), unit="trajectory", disable=None) as bar:
+        def keep(record: dict):
+            records[record["sample"], record["task_id"]] = record
+            bar.update()
+            bar.set_postfix(right=sum(r["official"] for r in records.values()))
+            if record["category"] != "infrastructure":
+                append(file, [record])
+
         for _ in range(1 + RETRIES):
-            for s, tasks in chunks(missing, CHUNK):
-                for record in sample_each(evaluation, executor, tasks, s, bar):
-                    records[s, record["task_id"]] = record
-                    if record["category"] != "infrastructure":
-                        out.write(json.dumps(record) + "\n")
+            for s, tasks in batches(missing):
+                sample_each(evaluation, executor, tasks, s, keep)
             missing = [(s, task) for s, task in missing if records[s, task.id]["category"] == "infrastructure"]
             bar.update(-len(missing))
+    if evaluation.judge.spec != "heuristic":
+        try:
+            ask_llm(evaluation.judge, list(records.values()))
+        finally:                                # Ctrl-C: the opinions so far were paid for
+            kept = [r for r in records.values() if r["category"] != "infrastructure"]
+            file.with_suffix(".partial").write_text("".join(json.dumps(r) + "\n" for r in kept))
+            file.with_suffix(".partial").replace(file)
     return [records[s, task.id] for s, task in wanted]
 
 
-def chunks(missing: list[tuple[int, Task]], size: int):
-    """(sample, at most `size` of its tasks). No question stands twice in a chunk: its calls are found by its text."""
+def batches(missing: list[tuple[int, Task]]):
+    """(sample, its tasks). No question stands twice in a batch: its calls are found by its text."""
     for sample in sorted({s for s, _ in missing}):
         waiting = [task for s, task in missing if s == sample]
         while waiting:
-            chunk = list({task.question: task for task in waiting}.values())[:size]
-            yield sample, chunk
-            waiting = [task for task in waiting if task not in chunk]
+            batch = list({task.question: task for task in waiting}.values())
+            yield sample, batch
+            waiting = [task for task in waiting if task not in batch]
 
 
-def sample_each(evaluation: Evaluation, executor: Executor, tasks: list[Task], sample: int, bar) -> list[dict]:
-    """One trajectory per task, as records. Each sample has its own seed, so it does not depend on other samples."""
+def sample_each(evaluation: Evaluation, executor: Executor, tasks: list[Task], sample: int, keep: Callable):
+    """One trajectory per task; each is kept as a record when it ends. Each sample has its own seed, so it does not
+    depend on other samples."""
+    task_of = {task.id: task for task in tasks}
     evaluation.log.clear()
-    groups = rollout(evaluation.policy, tasks, executor, evaluation.tools, evaluation.sampling, 1,
-                     evaluation.args.seed + sample, progress=bar)
 
-    def record(task: Task, group: list[Trajectory]) -> dict:
+    def ended(t: Trajectory):
+        task = task_of[t.task_id]
         calls = [call for call in evaluation.log if call.question == task.question]
-        return record_of(task, replace(group[0], sample=sample), calls, evaluation.judge)
+        texts = token_texts(evaluation.policy.tokenizer, t.ids)
+        record = record_of(task, replace(t, sample=sample), calls)
+        keep(record | {"texts": [texts[i] for i in t.ids]})
+    rollout(evaluation.policy, tasks, executor, evaluation.tools, evaluation.sampling, 1,
+            evaluation.args.seed + sample, ended)
+
+
+def ask_llm(judge: Judge, records: list[dict]):
+    """The LLM's opinion of every answer that it has not judged, not only of those the heuristic is unsure of."""
+    waiting = [r for r in records if r["answer"] is not None and r["llm"] is None]
     with ThreadPoolExecutor(8) as pool:         # a judge at a URL gets several questions at a time
-        return list(pool.map(record, tasks, groups))
+        opinions = pool.map(lambda r: judge.ask(r["question"], r["gold"], r["answer"]), waiting)
+        for record, opinion in zip(waiting, opinions):
+            record["llm"] = opinion
+            if opinion and record["category"] == "wrong":
+                record["category"] = "format_only"
 
 
 def read_records(file: Path, repair: bool = False) -> list[dict]:
@@ -149,10 +185,7 @@ def read_records(file: Path, repair: bool = False) -> list[dict]:
     complete = data[:data.rfind(b"\n") + 1]
     if repair and len(complete) < len(data):
         os.truncate(file, len(complete))
-    try:
-        return [json.loads(line) for line in complete.splitlines()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not a file of eval_gaia.py: {error}") from error
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -207,41 +240,16 @@ def summary(records: list[dict], samples: int) -> dict:
     return result
 
 
-def printed(result: dict) -> str:
-    """The tables, as text."""
-    def percent(value: float) -> str:
-        return f"{100 * value:.1f} %"
-    rows = {"all": result} | {f"level {k}": v for k, v in result["levels"].items()}
-    rows |= {f"attachment {k}": v for k, v in result["attachments"].items()}
-    rows |= {"text-only subset": result["text_only"]}
-    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic      LLM"]
-    for name, s in rows.items():
-        low, high = s["wilson95"]
-        llm = percent(s["llm"]) if result["llm_verdicts"] else "-"
-        lines.append(f"  {name:<24}{s['n']:5d}{percent(s['accuracy']):>10}  [{100 * low:4.1f}, {100 * high:5.1f}]"
-                     f"{percent(s['heuristic']):>12}{llm:>10}")
-    for name in ("pass", "maj"):
-        lines += [f"  {name}@{k} {percent(v)}" for k, v in result.get(f"{name}_at_k", {}).items()]
-    pairs = [f"{pair} {percent(v['agree'])} of {v['n']}" for pair, v in result["agreement"].items()
-             if pair != "unsure" and v["n"]]
-    lines.append(f"agreement ({result['agreement']['unsure']} unsure): " + "; ".join(pairs))
-    lines.append("what became of them: " + ", ".join(f"{name} {n}" for name, n in result["categories"].most_common()))
-    means = ", ".join(f"{name} {value:.1f}" for name, value in result["mean"].items())
-    return "\n".join([*lines, f"no answer: {result['missing']}; mean {means}"])
-
-
 def evaluation_in(path: Path) -> tuple[dict[str, list[bool]], dict]:
     """(question -> the official score of each sample, settings) of an evaluation's folder or file."""
     file, scores = path / "trajectories.jsonl" if path.is_dir() else path, defaultdict(list)
-    try:
-        for r in sorted(read_records(file), key=lambda r: r["sample"]):     # in the file, retried ones come late
+    with reading(file, "--compare takes folders of eval_gaia.py"):
+        for r in sorted(read_records(file), key=lambda r: r["sample"]):     # in the file they stand as they ended
             scores[r["task_id"]].append(r["official"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--compare: {file}: not a file of eval_gaia.py: {error!r}") from error
     if not scores:
         raise UserError(f"--compare: {file} holds no evaluation")
-    stored = file.with_name("settings.json")
-    return scores, json.loads(stored.read_text()) if stored.is_file() else {}
+    with reading(stored := file.with_name("settings.json")):
+        return scores, json.loads(stored.read_text()) if stored.is_file() else {}
 
 
 def compare(base: Path, trained: Path) -> dict:
@@ -262,17 +270,22 @@ def compare(base: Path, trained: Path) -> dict:
 
 # ------------------------------------------------------------------------------------- settings, command line
 def choose_tasks(args, tasks: list[Task]) -> list[Task]:
-    """Those that the flags ask for. UserError if none is left."""
+    """Those that the flags ask for. UserError if none is left, or if one lacks its attachment."""
     if unknown := set(args.ids or []) - {task.id for task in tasks}:
         raise UserError(f"--ids: no question {min(unknown)}")
-    tasks = [task for task in tasks if (not args.ids or task.id in args.ids)
-             and (not args.levels or task.level in args.levels) and not (args.text_only and task.files)]
-    tasks = tasks[:args.limit]
-    if not tasks:
+    chosen = [task for task in tasks if (not args.ids or task.id in args.ids)
+              and (not args.levels or task.level in args.levels) and not (args.text_only and task.files)][:args.limit]
+    if not chosen:
         raise UserError("no question is left: see --levels, --ids, --text-only, --limit")
+    if absent := missing_files(tasks):
+        how = "hf download gaia-benchmark/GAIA --repo-type dataset --local-dir GAIA"
+        if needed := missing_files(chosen):
+            raise UserError(f"{len(needed)} attachments of these questions are missing, {needed[0]} first: {how}, or "
+                            "take --text-only")
+        print(f"{len(absent)} attachments of other questions are missing; to get them: {how}")
     if args.split == "test":    # never scored here, even if a copy of it holds answers
-        tasks = [replace(task, answer=HIDDEN) for task in tasks]
-    return tasks
+        chosen = [replace(task, answer=HIDDEN) for task in chosen]
+    return chosen
 
 
 def training_run(ckpt: Path | None) -> dict:
@@ -283,13 +296,15 @@ def training_run(ckpt: Path | None) -> dict:
     if not ckpt.is_dir():
         raise UserError(f"--ckpt {ckpt}: no such folder")
     if (ckpt / "run.json").is_file():
-        stored = json.loads((ckpt / "run.json").read_text())
-        return run | stored | {key: stored["config"][key] for key in ("model", "difficulty")}
-    try:
-        base = json.loads((ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"--ckpt {ckpt}: there is no adapter in it (adapter_config.json)") from error
-    return run | {"model": base}
+        with reading(ckpt / "run.json"):
+            stored = json.loads((ckpt / "run.json").read_text())
+            for file in (stored.get("tools") or "").split(","):
+                if Path(file).is_file() and Path(file).resolve().is_relative_to(ckpt.resolve()):
+                    raise UserError(f"it would run {file}, which came with it; if you trust that, put it elsewhere "
+                                    "and name it with --tools")
+            return run | stored | {key: stored["config"][key] for key in ("model", "difficulty")}
+    with reading(ckpt / "adapter_config.json", "There is no adapter in this folder, then"):
+        return run | {"model": json.loads((ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]}
 
 
 def parse_args(argv=None):
@@ -297,7 +312,9 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--ckpt", type=Path, help="folder with the adapter that train.py wrote")
     add("--model", help="model to evaluate; without --ckpt: the untrained base model")
+    add("--any-base", action="store_true", help="take the adapter on another base than the one it was trained on")
     add("--gaia-dir", help="folder in GAIA's layout, or hub; default: the offline set")
+    add("--allow-outside-files", action="store_true", help="let --gaia-dir attach files from outside its folder")
     add("--split", default="validation", choices=["validation", "test"])
     add("--levels", nargs="+", choices=["1", "2", "3"])
     add("--ids", nargs="+", help="task_ids")
@@ -312,6 +329,7 @@ def parse_args(argv=None):
     add("--judge-model", help="name of the model at the URL of --judge")
     add("--tools", help="FILE.py with tools, added to the built-in ones; default: as in training")
     add("--cache", default="live", help="live, record[:FILE] or replay[:FILE]; FILE: web.sqlite")
+    add("--no-preflight", action="store_true", help="do not call each web tool once before the run")
     add("--sandbox", default="auto", help="auto, bwrap or none")
     add("--export", action="store_true", help="write submission.jsonl for the leaderboard")
     add("--compare", nargs=2, type=Path, metavar=("BASE", "TRAINED"), help="compare two evaluations")
@@ -323,15 +341,17 @@ def parse_args(argv=None):
 
 
 def prepare(args, run: dict, tasks: list[Task]) -> Evaluation:
-    policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt)
+    policy = load_policy(args.model or run["model"] or "tiny", args.quantize or run["quantize"] or "auto", args.ckpt,
+                         any_base=args.any_base)
     temperature = float(args.samples > 1) if args.temperature is None else args.temperature
     known = run["sampling"] or policy.preset.settings       # the limits that training had, else the preset's
-    sampling = Sampling(**{name: known[name] for name in LIMITS if name in known}, temperature=temperature)
+    sampling = Sampling(**{name: known[name] for name in INHERITED if name in known}, temperature=temperature)
     web, log = open_web(args.cache), []
     offline = args.gaia_dir is None or policy.preset.prompt == "short"     # the tiny model knows no other tools
     builtin = BUILTIN_TOOLS if offline else load_tools("web", web)
     files = [part for part in (args.tools or run["tools"] or "").split(",") if part != "web"]
     tools = [replace(tool, log=log) for tool in load_tools(",".join(files), web, builtin)]
+    check_context(policy, tasks, tools, sampling)
     judge = Judge(args.judge if args.split == "validation" else "heuristic", args.judge_model, policy, web.cache)
     return Evaluation(args, tasks, policy, tools, log, web, judge, sampling)
 
@@ -343,7 +363,8 @@ def settings_of(evaluation: Evaluation, run: dict) -> dict:
     args, policy, cache = evaluation.args, evaluation.policy, evaluation.web.cache
     adapter = short_hash((args.ckpt / "adapter_model.safetensors").read_bytes()) if args.ckpt else ""
     return {
-        "model": policy.name, "adapter": adapter, "seed": args.seed, "sampling": asdict(evaluation.sampling),
+        "model": policy.name, "base_weights": policy.base_weights, "adapter": adapter, "seed": args.seed,
+        "sampling": asdict(evaluation.sampling),
         "prompt": policy.preset.prompt, "tools": short_hash(prompt_text(evaluation.tools).encode()),
         "data": args.gaia_dir or run["difficulty"], "split": args.split, "judge": [args.judge, args.judge_model],
         "cache": [cache.mode, cache.digest() if cache.mode == "replay" else ""]}
@@ -355,7 +376,7 @@ def announce(evaluation: Evaluation, sandbox: str) -> None:
     if args.gaia_dir is None:
         print(f"No --gaia-dir: this is the offline set, built-in tasks, NOT GAIA. For GAIA: --gaia-dir hub ({HUB})")
     else:
-        print(preflight_table(web))
+        print(preflight_table(evaluation.tools, web, not args.no_preflight), end="")
         n, calls = len(evaluation.tasks) * args.samples, "none"
         if web.cache.mode != "replay" and any(tool.web for tool in evaluation.tools):
             calls = f"about {n * turns} if every turn makes one ({n} trajectories of {turns} turns)"
@@ -375,16 +396,16 @@ def finish(evaluation: Evaluation, records: list[dict]) -> None:
         (args.out / "submission.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if any(r["gold"] == HIDDEN for r in records):
         print(f"the answers are hidden, so nothing is scored; --export writes {args.out}/submission.jsonl")
-        return
+        return                                   # and no page, which would call every answer wrong
     result = {**summary(records, args.samples), "data": "gaia" if args.gaia_dir else "offline",
               "cache": web.cache.digest(), "cache_counts": web.cache.counts,
               "benchmark_pages_dropped": web.counts["benchmark"]}
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
-    print(printed(result))
+    print(console.evaluation_tables(result))
     sizes = {level: s["n"] for level, s in result["levels"].items()}
     if args.gaia_dir and sizes != OFFICIAL:
         print(f"this is not the whole validation split: {sizes}, not {OFFICIAL}")
-    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl")
+    print(f"written: {args.out}/results.json, {args.out}/trajectories.jsonl, {write_report(args.out)}")
 
 
 def command(args) -> None:
@@ -394,22 +415,23 @@ def command(args) -> None:
     warn_of_other_versions()
     run = training_run(args.ckpt)
     if args.gaia_dir:
-        tasks = read_gaia(args.gaia_dir, args.split)
+        tasks = read_gaia(args.gaia_dir, args.split, args.allow_outside_files)
     else:
         tasks = builtin_tasks("heldout", 264, 0, difficulty=run["difficulty"])
     tasks = choose_tasks(args, tasks)
-    with Executor(args.sandbox) as executor:
-        evaluation = prepare(args, run, tasks)
-        settings, stored = settings_of(evaluation, run), args.out / "settings.json"
-        if not stored.is_file() or json.loads(stored.read_text()) != settings:      # with the same ones it goes on
-            claim_folder(args.out, "settings.json", "evaluation")
-            stored.write_text(json.dumps(settings, indent=1))
-        announce(evaluation, executor.sandbox)
-        try:
-            records = evaluate(evaluation, executor)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the records so far are kept; the same command does the rest") from None
-    finish(evaluation, records)
+    try:
+        with alone_in(args.out), Executor(args.sandbox) as executor:
+            evaluation = prepare(args, run, tasks)
+            settings, stored = json.dumps(settings_of(evaluation, run), indent=1), args.out / "settings.json"
+            if not stored.is_file() or stored.read_bytes() != settings.encode():        # with the same ones it goes on
+                claim_folder(args.out, "settings.json", "evaluation")
+                stored.write_text(settings)
+            announce(evaluation, executor.sandbox)
+            finish(evaluation, evaluate(evaluation, executor))
+    except OSError as error:
+        raise UserError(f"cannot go on ({error}): make room, or mend the folder. {WAY_ON}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(WAY_ON) from None
 
 
 def main(argv=None) -> int:

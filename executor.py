@@ -17,7 +17,16 @@ Two sockets lead to a session: `control` to the supervisor; `wire` to the runner
 bounded and checked. Output goes to a file in memory that the host owns. Clock and status are the host's; a runner can
 only claim that its code raised nothing, which any code can have with `except: pass`.
 An interrupted cell keeps its variables. A killed or crashed cell restarts the session: variables are lost; the working
-directory and its files stay. Attachments that code has changed or deleted stay as it left them.
+directory and its files stay, attachments as code left them.
+
+Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout and stderr as new, and ends
+with its processes; threads stand still between cells. Nothing runs at the exit. `__file__` names no file. There is no
+network, so no multiprocessing.Manager; no memfd, no mmap(-1), no inotify; calls of the scheduler take pid 0 only.
+Not covered: bugs of the kernel, side channels (flock on a file in /usr), use of the cores, the kernel's own memory for
+pipes and mappings; without CAP_SYS_RESOURCE at the start, code can lower its oom_score_adj. In "none", besides: files
+(for root those of /proc too: priorities of others), the disk's total, how many terminals, timers and sockets, /dev/zero
+as shared memory, the size of a fork bomb (it ends within moments, also when all that could kill it has been killed);
+before Linux 6.12 signals to others: a stopped supervisor watches nothing.
 """
 import ast
 import builtins
@@ -27,7 +36,6 @@ import linecache
 import os
 import secrets
 import select
-import shutil
 import socket
 import sys
 import tempfile
@@ -37,14 +45,15 @@ import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
+from importlib.machinery import ModuleSpec
 from os import _exit, dup2, getpid, getppid             # by name: model code may patch modules
 from pathlib import Path
 from signal import SIG_BLOCK, SIG_UNBLOCK, SIGINT, pthread_sigmask, signal
 from traceback import TracebackException
 
 from machinery.cli import UserError
-from machinery.sandbox import PR_SET_DUMPABLE, SandboxError, Zygote, libc
-from machinery.wire import send_frame, take_frame
+from machinery.sandbox import PR_SET_DUMPABLE, SandboxError, Zygote, libc, remove_tree
+from machinery.wire import send_frame, take_frame, valid
 
 MAX_ANSWER = 10_000                             # characters kept of an answer
 BROKEN_PROTOCOL = "crashed", "it broke the protocol between sandbox and host"
@@ -134,7 +143,7 @@ class Session(AbstractContextManager):
             self._stop()
             self._output.close()
             if self.workdir is not None:
-                shutil.rmtree(self.workdir, ignore_errors=True)
+                remove_tree(self.workdir)
 
     def __exit__(self, *exc):
         self.close()
@@ -230,7 +239,10 @@ class Session(AbstractContextManager):
             self.executor.slots.release()
             try:
                 thread.start()
-                thread.join(self.seconds_left())
+                while thread.is_alive() and self.seconds_left() > 0.0:
+                    thread.join(min(0.1, self.seconds_left()))
+                    if self._control.fileno() in dict(self._poll.poll(0)):
+                        self._report()                  # the code's other processes use too much, or it has died
             finally:
                 waiting = time.monotonic()
                 self.executor.slots.acquire()
@@ -349,11 +361,6 @@ class Executor(AbstractContextManager):
         self.close()
 
 
-def valid(text: str) -> str:
-    """The text with "?" for halves of surrogate pairs, which JSON can carry, but no file."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def cut(text: str, limit: int) -> str:
     """The first and last part of a long text, and how much is missing."""
     half = limit // 2
@@ -387,7 +394,9 @@ class Runner:
         sys.modules["__main__"] = self.main = types.ModuleType("__main__")
         sys.argv = [""]
         sys.path.append(os.getcwd())
-        os.environ.update(HOME=os.getcwd(), TMPDIR="/tmp" if getppid() == 1 else os.getcwd())
+        self.file = self.main.__file__ = os.path.join(os.getcwd(), "cell.py")   # it does not exist, and
+        self.main.__spec__, self.lines = ModuleSpec("__main__", None), []       # so multiprocessing must not run it
+        os.environ.update(HOME=os.getcwd(), TMPDIR="/tmp" if getppid() == 1 else os.getcwd(), USER="user")
         tools = {name: self.tool(name, doc) for name, doc in setup["tools"].items()}
         vars(self.main).update(tools, final_answer=self.final_answer, ToolError=ToolError, __builtins__=builtins)
 
@@ -397,9 +406,12 @@ class Runner:
         value = error = None
         with suppress(OSError):                         # the code has closed it: its output is lost
             dup2(self.output, 1), dup2(self.output, 2)
-        sys.stdout, sys.stderr = (                      # unbuffered, whatever the last cell did to them
+        streams = [                                     # unbuffered, whatever the last cell did to them
             io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
-            for descriptor in (1, 2))
+            for descriptor in (1, 2)]
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams
+        if getattr(sys.stdin, "closed", True):          # exit() closes it
+            sys.stdin = open(0, closefd=False)
         signal(SIGINT, self.on_interrupt)
         pthread_sigmask(SIG_UNBLOCK, {SIGINT})
         self.in_cell = self.armed = True
@@ -408,7 +420,10 @@ class Runner:
                 value = self.execute(code)
             except BaseException as problem:
                 sys.settrace(None)
-                error = describe(problem, self.setup["output_chars"])
+                if type(problem) is SystemExit and problem.code in (None, 0):
+                    value = "exit: this cell ends here, the session goes on"
+                else:
+                    error = describe(problem, self.setup["output_chars"])
         except BaseException as again:                  # interrupted again while it was described
             error = type(again).__name__
         self.armed = False
@@ -423,8 +438,10 @@ class Runner:
 
     def execute(self, code: str) -> str | None:
         """Run the code in the module __main__; returns the repr of a last bare expression."""
-        name, space = f"<cell {self.cell}>", vars(self.main)
+        name, space, code = f"<cell {self.cell}>", vars(self.main), code.removeprefix("\ufeff")
         linecache.cache[name] = len(code), None, code.splitlines(True), name
+        self.lines[:0] = f"{code}\n".splitlines(True)   # the newest first: where `inspect` looks for a class
+        linecache.cache[self.file] = 0, None, self.lines, self.file
         tree = ast.parse(code, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), space)

@@ -19,24 +19,22 @@ r in (4) bounds how far one update goes, c in (5) corrects for who sampled.
 
 Why the clip does not act by default: with one minibatch and one epoch (the defaults of real models) a batch takes one
 optimiser step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
-min(A, A) = A; where A < 0, max(A, dual_clip A) = A, because dual_clip > 1. So neither clip nor dual clip changes
-anything. The gradient of r is that of l: REINFORCE with the weight c. From the second optimiser step on the same batch
-the clip can act.
+min(A, A) = A; where A < 0, max(A, dual_clip A) = A. The gradient of r is that of l: REINFORCE with the weight c.
 
 Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.14476); Dr. GRPO (2503.20783); dual clip
 (1912.09729); k3 (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html); truncated importance
 sampling (Ionides, "Truncated Importance Sampling", 2008).
 
 Departures from GRPO as published: a group counts only if its answers differ; std is at least 0.1; the default loss is
-DAPO's (clip-higher, mean over tokens, overlong trajectories left out), but keeps a KL penalty, which DAPO drops; k
-continues as its tangent above d = 5; c corrects for replay and for the sampler's rounding.
+DAPO's (clip-higher, mean over tokens, no overlong trajectories), with a KL penalty; k goes on as its tangent above
+d = 5; c corrects for replay and for the sampler's rounding.
 """
 import contextlib
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -98,11 +96,16 @@ class Group:
     trajectories: list[Trajectory]
     step: int                                       # of the training loop, at which it was sampled
     rewards: list[Reward] = field(default_factory=list)
-    advantages: list[float | None] | None = None    # None: no signal; None for one trajectory: unjudged
+    advantages: list[float | None] | None = None    # None: no signal; None for one trajectory: not in batch()
     std: float = 0.0                                # of the rewards
 
     def batch(self) -> list[tuple[Trajectory, float]]:
         return [(t, a) for t, a in zip(self.trajectories, self.advantages) if a is not None]
+
+    def positive(self) -> "Group":
+        """What the queue keeps with --replay positive: the trajectories that were better than their group's mean."""
+        better = [a if a is not None and a > 0 else None for a in self.advantages]
+        return replace(self, advantages=better)
 
 
 def group_advantages(rewards: Sequence[Reward], cfg: GRPOConfig) -> tuple[list[float | None], float] | None:
@@ -242,6 +245,7 @@ class MicroBatch:
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
     now: torch.Tensor | None = None     # l in the last optimiser step, before it
+    entropy: torch.Tensor | None = None # of the same forward pass
 
     def logps(self, policy: Policy, temperature: float):
         """(log-probs, entropies), both (B, T)."""
@@ -321,21 +325,14 @@ def score(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperat
                 micro.ref, _ = micro.logps(policy, temperature)
 
 
-def accumulate(
-    policy: Policy,
-    minibatch: list[MicroBatch],
-    cfg: GRPOConfig,
-    temperature: float,
-    token_limit: int,
-    tokens: float,
-    sequences: float,
-):
+def accumulate(policy: Policy, minibatch: list[MicroBatch], cfg: GRPOConfig, temperature: float, token_limit: int,
+               tokens: float, sequences: float):
     """This rank's gradients of an optimiser step: (sums over its loss tokens, rows that are *not finite*)."""
     policy.model.zero_grad(set_to_none=True)            # so that it can run again after a failure
     sums, not_finite = Counter(), []
     for micro in minibatch:
         logp, entropy = micro.logps(policy, temperature)     # (B, T), (B, T)
-        micro.now = logp.detach()
+        micro.now, micro.entropy = logp.detach(), entropy.detach()
         if cfg.one_step:
             micro.old = micro.now                       # l_old is this very forward pass
         lengths = micro.mask.sum(1, keepdim=True).float()                                   # (B, 1)

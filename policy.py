@@ -9,7 +9,8 @@ sampler and scorer see one network in any mode. PEFT's `prepare_model_for_kbit_t
 copies embeddings and head to fp32 (+2 GiB at 7B). The adapter is never merged: in 4 bits most of it would be
 rounded away.
 """
-import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
@@ -20,17 +21,19 @@ from pathlib import Path
 
 import requests
 import torch
+from huggingface_hub import snapshot_download
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses a CPU kernel
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)     # peft asks by an old name
 from peft import LoraConfig, PeftModel, get_peft_model          # noqa: E402
-from safetensors import SafetensorError                         # noqa: E402
+from safetensors import safe_open                               # noqa: E402
 from transformers import (                                      # noqa: E402
     AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen2Config)
 
+from machinery.folder import reading                            # noqa: E402
 from tools import UserError                                     # noqa: E402
 
-TINY_DIR = Path(__file__).resolve().parent / "tiny"             # the built-in model, made by tiny.py
+TINY_DIR = Path(__file__).resolve().parent / "tiny"             # built in; scripts/warm_start.py made it
 
 
 # --------------------------------------------------------------------------------------- what depends on size
@@ -46,11 +49,17 @@ TINY = Preset("short", {
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 512, "observation_tokens": 64, "groups": 12, "steps": 50,
     "lr": 1e-3, "schedule": "cosine", "minibatches": 3, "token_budget": 2048, "eval_every": 25, "eval_tasks": 52})
 
+SMALL = Preset("full", {        # for SmolLM2-135M after its warm start, on two CPU cores; no whole run yet
+    "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 6, "resample": 1,
+    "steps": 12, "lr": 3e-4, "warmup": 2, "beta": 0.0, "eval_every": 6, "eval_tasks": 8})
+
 
 def preset_for(parameters: int) -> Preset:
     """Below 50 million parameters that of the built-in model; among the others, smaller ones bear larger steps."""
     if parameters < 50e6:
         return TINY
+    if parameters < 300e6:
+        return SMALL
     return Preset("full", {"lr": 5e-5 if parameters < 1e9 else 2e-5 if parameters < 5e9 else 1e-5})
 
 
@@ -80,6 +89,7 @@ class Policy:
     device: torch.device
     name: str                       # what the given name resolved to: a hub id, or a folder's absolute path
     preset: Preset
+    base_weights: str = ""          # see weights_hash
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The adapter's parameters, fp32, always in the same order."""
@@ -116,18 +126,6 @@ def offline(name: str) -> bool:
         return True                 # asked here once: the hub client asks for half a minute, loudly
 
 
-@contextlib.contextmanager
-def readable_errors(what: str, hint: str, away: bool = False):
-    """Whatever a library raises over a file or the network, as one line. away: the hub is out of reach."""
-    try:
-        yield
-    except torch.OutOfMemoryError:                  # no file's and no network's fault: train.py says what helps
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        why = "the hub is out of reach, and no whole copy is cached" if away else " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load {what}: {why}. {hint}") from error
-
-
 HUB_HINT = "Without network, give a local folder (--model DIR) or take the built-in model (--model tiny)"
 
 
@@ -142,7 +140,7 @@ def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype, aw
     """The frozen base in `dtype`, its blocks in NF4 if asked. Weights are read from safetensors only."""
     nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                     bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    with readable_errors(f"the model {name}", HUB_HINT, away):
+    with reading(f"the model {name}", HUB_HINT):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map={"": device}, use_safetensors=True, attn_implementation="sdpa",
             quantization_config=nf4_config if nf4 else None, local_files_only=away)
@@ -178,8 +176,34 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
         raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has no adapter_model.safetensors; pickled adapters (.bin) are never read")
-    with readable_errors(f"the adapter in {folder}", "Was it made for another model, or is a file damaged?"):
+    with reading(f"the adapter in {folder}", "Was it made for another model, or is a file damaged?"):
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+def weights_hash(name: str) -> str:
+    """A hash of two rows of each of the base's tensors, as they lie on disk: so no quantisation or dtype changes it."""
+    folder = name if Path(name).is_dir() else snapshot_download(name, local_files_only=True)
+    rows = {}
+    for file in Path(folder).glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            rows |= {key: tensors.get_slice(key)[:2].bfloat16() for key in tensors.keys()}
+    digest = hashlib.sha256()
+    for key in sorted(rows):
+        digest.update(rows[key].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_base(folder: Path, name: str, weights: str):
+    """UserError if the adapter in `folder` was trained on another base than that of this name and hash. The hash is in
+    train.py's run.json; without it the last part of the base's name decides."""
+    run, config = folder / "run.json", folder / "adapter_config.json"
+    with reading(folder):
+        known = json.loads(run.read_text()).get("base_weights") if run.is_file() else None
+        made_for = str(json.loads(config.read_text())["base_model_name_or_path"])
+    what, ours, its = ("weights", weights, known) if known else ("name", Path(name).name, Path(made_for).name)
+    if ours != its:
+        raise UserError(f"{folder} was trained on {made_for}, and {name} differs in its {what}: give the adapter its "
+                        "own base, or eval_gaia.py --any-base")
 
 
 LORA_RANK = 16
@@ -194,7 +218,7 @@ def new_adapter(base: torch.nn.Module, seed: int = 0, rank: int = LORA_RANK) -> 
 
 
 def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None, seed: int = 0,
-                dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK) -> Policy:
+                dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK, any_base: bool = False) -> Policy:
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
     quantize: see in_nf4. dtype: of the base; default: bf16 on a GPU from 50 million parameters on, else fp32. The GPU
@@ -205,7 +229,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN plans its attention anew for each shape: 1 s each on Hopper
     parameters = sum(parameter_counts(config))
     away = offline(name)
-    with readable_errors(f"the tokenizer of {name}", HUB_HINT, away):
+    with reading(f"the tokenizer of {name}", HUB_HINT):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)
     if parameters >= 1e9:
@@ -216,10 +240,13 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     if dtype == torch.bfloat16 and on_gpu:
         need_bf16()
     base = load_base(name, nf4, device, dtype, away)
+    weights = weights_hash(name)
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)
+    if adapter and not any_base:    # shapes alone do not tell Base, Instruct and Coder of one size apart
+        check_base(Path(adapter), name, weights)
     if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
-    return Policy(network.eval(), tokenizer, device, name, preset_for(parameters))
+    return Policy(network.eval(), tokenizer, device, name, preset_for(parameters), weights)
 
 
 def save_adapter(policy: Policy, folder: Path):
@@ -248,7 +275,7 @@ def model_config(model: str):
         return Qwen2Config(**dict(zip(keys, QWEN25[model])))
     name = resolve_model(model)
     away = offline(name)
-    with readable_errors(f"the model {name}", HUB_HINT, away):
+    with reading(f"the model {name}", HUB_HINT):
         config = AutoConfig.from_pretrained(name, local_files_only=away)
         parameter_counts(config)                                # raises for shapes that are not Llama's
         return config

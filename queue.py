@@ -7,8 +7,11 @@ Two things to know before reading:
 
 1. **The rule is ours.** Tool-R1 (arXiv 2509.12867) keeps high-quality trajectories in a queue and replays them, but
    its exact rule is not known to us. Ours: whole groups, each with the advantages of its own group (an advantage
-   means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses).
-   The paper says that the queue saves costly online samples. No study here has shown that for this rule yet.
+   means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses). With --replay positive a
+   group enters without the trajectories that were not better than its mean.
+   The paper says that the queue saves costly online samples. Shown here, for the tiny model alone: see "The sample
+   queue" in MEASUREMENTS.md. Not shown: that it saves any as shipped, where it only fills the places of groups without
+   signal; from a start that is often right; with a real model.
 
 2. **The name.** The project's fixed list of files calls this one `queue.py`, which hides the standard library's
    `queue` from every `import queue` of a process started in this folder, torch's and requests' included. So this

@@ -16,7 +16,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,6 +94,7 @@ class Sampling:
     observation_tokens: int = option(2000, "tokens per observation")
     slots: int | None = option(None, "trajectories decoded at once (default: by free memory)")
     deterministic: bool = option(False, "one thread, fixed order: bit-equal runs on the CPU")
+    prompt: str | None = option(None, "FILE: its text replaces the instructions of the full prompt")
     plain: bool = option(False, "as the method is defined: sample one trajectory at a time, update with padding; slow")
 
 
@@ -152,16 +154,40 @@ class Chat:
         return self.tokenizer.decode(turn[:-1] if turn[-1] == self.turn_end else turn)
 
 
-def build_prompt(chat: Chat, task, tools: list, style: str) -> list[int]:
-    """Token ids up to where the policy begins to write. style: "short" (for the tiny model) or "full"."""
+def read_prompt(file: str) -> str:
+    """The text that replaces FULL. UserError if the turn protocol could not work with it."""
+    try:
+        text = Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompt {file}: cannot be read: {error}") from error
+    missing = [word for word in ("```python", "final_answer") if word not in text]
+    if missing:
+        raise UserError(f"--prompt {file}: it must tell the model of {' and of '.join(missing)}; see rollout.py: FULL")
+    return text
+
+
+def build_prompt(chat: Chat, task, tools: list, style: str, system: str | None = None) -> list[int]:
+    """Token ids up to where the policy begins to write. style: "short" (for the tiny model) or "full". system: in place
+    of FULL; the tools are documented after it."""
     files = ", ".join(task.files)
     if style == "short":
+        if system is not None:
+            raise UserError("--prompt: the tiny model knows its own prompt alone")
         return chat.prompt(SHORT, task.question + (f"\nFiles: {files}" if files else ""))
     if style != "full":
         raise UserError(f"the prompt style is short or full, not {style!r}")
     documented = f"\nThe code may call these functions:\n{prompt_text(tools)}\n" if tools else ""
     attached = f"\n\nAttached files, in the working directory: {files}" if files else ""
-    return chat.prompt(FULL + documented, task.question + attached)
+    return chat.prompt((system or FULL) + documented, task.question + attached)
+
+
+def check_context(policy, tasks: list, tools: list, sampling: Sampling) -> None:
+    """UserError if the context cannot hold even the shortest question's prompt and a turn."""
+    shortest = min(tasks, key=lambda task: len(task.question))
+    n = len(build_prompt(Chat(policy.tokenizer), shortest, tools, policy.preset.prompt, sampling.prompt))
+    if n + sampling.turn_tokens > sampling.context_tokens:
+        raise UserError(f"--context-tokens {sampling.context_tokens}: the shortest prompt has {n} tokens, and a turn "
+                        f"may take --turn-tokens {sampling.turn_tokens}: raise the one or lower the other")
 
 
 @dataclass(eq=False)
@@ -176,7 +202,7 @@ class Episode:
     executor: object
     tools: list
     sampling: Sampling
-    watch: Callable[[Turn], None] = lambda turn: None
+    on_turn: Callable | None = None
     session: object = None      # opened with the first code
     turns: list[Turn] = field(default_factory=list)
     last: int = -1              # the last token of the newest turn
@@ -225,7 +251,8 @@ class Episode:
             turn.status, turn.seconds, self.answer = result.status, result.seconds, result.answer
         ids = self.chat.observation(text, self.sampling.observation_tokens)
         turn.observation = self.chat.tokenizer.decode(ids)
-        self.watch(turn)
+        if self.on_turn is not None:
+            self.on_turn(turn)
         forced = self.chat.between(ids, self.last)
         if self.answer is not None:
             self.stop_reason = "answer"
@@ -245,12 +272,14 @@ class Episode:
 
     def again(self) -> "Episode":
         """The same trajectory from its beginning: after an out-of-memory, which ended it."""
-        return Episode(self.task, self.sample, self.seed, self.group, self.prompt, self.chat, self.executor, self.tools,
-                       self.sampling)
+        return replace(self, session=None, turns=[], last=-1, answer=None, stop_reason="", error="")
 
     def trajectory(self, ids: list[int], mask: list[int], logps: list[float], seconds: float) -> Trajectory:
-        return Trajectory(self.task.id, self.sample, self.seed, ids, mask, logps, len(self.prompt),
-                          self.turns, self.answer, self.stop_reason, seconds, self.error)
+        return Trajectory(
+            self.task.id, self.sample, self.seed,
+            ids, mask, logps, len(self.prompt),
+            self.turns, self.answer, self.stop_reason, seconds, self.error,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -283,7 +312,9 @@ def sample_trajectory(model, episode, context: int, temperature: float):
     ids, mask, logps, forced = [], [], [], episode.prompt       # forced: tokens that the policy does not choose
     cache, cached = None, 0             # the keys and values of the first `cached` tokens
     while forced:
-        ids, mask, logps = ids + forced, mask + [0] * len(forced), logps + [0.0] * len(forced)
+        ids = ids + forced
+        mask = mask + [0] * len(forced)
+        logps = logps + [0.0] * len(forced)
         start, ended = len(ids), False
         limit = min(start + episode.turn_tokens, context)
         while not ended and len(ids) < limit:
@@ -329,11 +360,11 @@ def sample_all(model, chat: Chat, episodes: list, sampling: Sampling):
 
 
 def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samples: int, seed: int,
-            progress=None, watch: Callable[[Turn], None] = lambda turn: None) -> list[list[Trajectory]]:
+            on_end: Callable | None = None, on_turn: Callable | None = None) -> list[list[Trajectory]]:
     """Sample `samples` trajectories per task, one list per task, with the policy as it is now (the reference, inside
-    `policy.reference()`). progress: a tqdm bar, advanced once per trajectory. watch: called with every turn once
-    its observation is known. Raises UserError for a chat template, a prompt style or a context that cannot be used.
-    What fails in one trajectory ends that one alone ("error")."""
+    `policy.reference()`). on_end: called with each trajectory as it ends; on_turn: with each turn whose observation is
+    known. Raises UserError for a chat template, a prompt style or a context that cannot be used. What fails in one
+    trajectory ends that one alone ("error")."""
     model, context = policy.model, sampling.context_tokens
     if context > (positions := model.config.max_position_embeddings):
         raise UserError(f"--context-tokens {context}: the model has positions for {positions} tokens")
@@ -341,15 +372,25 @@ def rollout(policy, tasks: list, executor, tools: list, sampling: Sampling, samp
     episodes, done = [], {}             # done: (group, index in the group) -> trajectory
     seen = Counter()                    # a task that comes twice gets another seed, or its groups would be equal
     for group, task in enumerate(tasks):
-        prompt = build_prompt(chat, task, tools, policy.preset.prompt)
+        prompt = build_prompt(chat, task, tools, policy.preset.prompt, sampling.prompt)
         for i in range(samples):
-            episodes.append(
-                Episode(task, i, seed + seen[task.id], group, prompt, chat, executor, tools, sampling, watch))
+            episodes.append(Episode(
+                task=task,
+                sample=i,
+                seed=seed + seen[task.id],
+                group=group,
+                prompt=prompt,
+                chat=chat,
+                executor=executor,
+                tools=tools,
+                sampling=sampling,
+                on_turn=on_turn,
+            ))
         seen[task.id] += 1
     with (sampling_mode(model, sampling.deterministic),                         # eval mode, no gradients
           closing(sample_all(model, chat, episodes, sampling)) as ended):       # Ctrl-C closes the sessions, too
         for episode, *columns in ended:
-            done[episode.group, episode.sample] = episode.trajectory(*columns)
-            if progress is not None:
-                progress.update(1)
+            done[episode.group, episode.sample] = trajectory = episode.trajectory(*columns)
+            if on_end is not None:
+                on_end(trajectory)
     return [[done[group, i] for i in range(samples)] for group in range(len(tasks))]

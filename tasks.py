@@ -18,6 +18,7 @@ Departure from the paper, which trains on MAT only: these tasks let the method r
 """
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -26,9 +27,11 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from machinery.cli import UserError
+from machinery.folder import reading
 from tools import ToolError, tool
 
 HUB = "https://huggingface.co/datasets/gaia-benchmark/GAIA"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")      # and halves of surrogate pairs: no terminal shows them
 HIDDEN = "?"                # stands for an answer that is not public: those of GAIA's test split
 
 
@@ -129,7 +132,7 @@ BUILTIN_TOOLS = [lookup, search, convert]
 # ----------------------------------------------------------------------------------------------- the families
 @dataclass
 class Question:
-    """A task without its id, and the `slots` that its text was made of (scripts/tiny.py shows solutions with them)."""
+    """A task without its id, and the `slots` that its text was made of (scripts/warm_start.py: DEMOS uses them)."""
     text: str
     answer: object
     level: int
@@ -337,46 +340,35 @@ def every(n: int, tasks: list[Task]) -> list[Task]:
 
 # ------------------------------------------------------------------------------------------------------ files
 def read_rows(file: Path) -> list[tuple[int, dict]]:
-    """(number, record) of a file: lines of JSON, a list in JSON, or parquet. UserError with file and line if it is
-    malformed."""
-    try:
+    """(number, record) of a file: lines of JSON, a list in JSON, or parquet. UserError if it is malformed."""
+    with reading(file):
         if file.suffix == ".parquet":
-            import pyarrow.parquet
+            import pyarrow.parquet          # in requirements-gaia.txt
             return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
         if text.lstrip().startswith("["):
             return list(enumerate(json.loads(text), 1))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: no JSON: {error.msg}") from error
-    except ImportError as error:
-        raise UserError(f"{file}: parquet needs pyarrow: pip install -r requirements-gaia.txt") from error
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError) as error:      # ValueError: no UTF-8, no parquet
-        raise UserError(f"{file}: cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
+        if line.strip():
+            with reading(f"{file}:{number}"):
                 rows.append((number, json.loads(line)))
-        except ValueError as error:
-            raise UserError(f"{file}:{number}: no JSON: {error}") from error
     return rows
 
 
-def read_tasks(path: Path, fields: Callable) -> list[Task]:
-    """The tasks in a file; `fields` turns a record into one with the names that read_jsonl documents. UserError with
-    file and line for what is malformed, duplicate or missing."""
+def read_tasks(path: Path, fields: Callable, root: Path | None, complete: bool = True) -> list[Task]:
+    """The tasks in a file; `fields` turns a record into one with the names that read_jsonl documents. Attachments must
+    lie below `root`, and be there if `complete`. UserError with file and line for what is malformed or duplicate."""
     tasks, lines = [], {}       # lines: the line in which each id stands
     for number, record in read_rows(path):
         if isinstance(record, dict) and record.get("task_id") == "0-0-0-0-0":   # GAIA's own placeholder
             continue
-        try:
-            task = parse_task(fields(record), path.parent)
+        with reading(f"{path}:{number}"):
+            task = parse_task(fields(record), path.parent, root)
             if task.id in lines:
                 raise UserError(f"id {task.id!r} is already used in line {lines[task.id]}")
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
+            if complete and (absent := missing_files([task])):
+                raise UserError(f"attachment {absent[0]} is missing")
         lines[task.id] = number
         tasks.append(task)
     if not tasks:
@@ -384,45 +376,66 @@ def read_tasks(path: Path, fields: Callable) -> list[Task]:
     return tasks
 
 
-def read_jsonl(path: Path | str) -> list[Task]:
-    """Tasks from lines {"id", "question", "answer", "files", "level"}; files: paths relative to this file."""
-    return read_tasks(Path(path), lambda record: record)
+def read_jsonl(path: Path | str, allow_outside: bool = False) -> list[Task]:
+    """Tasks from lines {"id", "question", "answer", "files", "level"}; files: paths relative to this file, below its
+    folder: a file of unknown origin must not put any file of this machine before the model's code."""
+    return read_tasks(Path(path), lambda record: record, None if allow_outside else Path(path).parent)
 
 
-def parse_task(record, folder: Path) -> Task:
+def parse_task(record, folder: Path, root: Path | None) -> Task:
     if not isinstance(record, dict):
         raise UserError(f"a task is a JSON object, not {type(record).__name__}")
-    for key in ("id", "question", "answer"):
-        value = record.get(key)
-        if not isinstance(value, (str, int, float)) or isinstance(value, bool) or not str(value).strip():
-            raise UserError(f"{key!r} is missing, empty or neither text nor number")
     names = record.get("files") or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise UserError("'files' is a list of paths relative to this file")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"attachment {folder / missing[0]} is missing")
-    files = {Path(name).name: (folder / name).resolve() for name in names}
+    files = {Path(name).name: attachment(folder, name, root) for name in names}
     if len(files) < len(names):
         raise UserError("two attachments have the same file name")
-    return Task(str(record["id"]), str(record["question"]), str(record["answer"]), files,
-                str(record.get("level") or "1"), str(record.get("family") or ""))
+    given = [key for key in ("level", "family") if record.get(key) not in (None, "")]
+    return Task(files=files, **{key: text_of(record, key) for key in ["id", "question", "answer", *given]})
 
 
-def read_gaia(folder: Path | str, split: str = "validation") -> list[Task]:
-    """Tasks in GAIA's layout: metadata (jsonl or parquet) in folder[/2023][/<split>], the files beside it. Levels
-    may be text or numbers. The test split has no answers: its tasks get the answer HIDDEN. folder "hub": downloaded."""
+def text_of(record: dict, key: str) -> str:
+    """A field of a record as text. UserError unless it is text or a finite number; a name must be printable, too."""
+    value = record.get(key)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    if not (number or isinstance(value, str) and value.strip()):
+        raise UserError(f"{key!r} is missing, empty or neither text nor a finite number")
+    if key not in ("question", "answer") and CONTROL.search(str(value)):
+        raise UserError(f"{key!r} has a control character")
+    return str(value)
+
+
+def attachment(folder: Path, name: str, root: Path | None) -> Path:
+    """The file of this name, all links followed. UserError unless it lies below `root`; None: anywhere."""
+    with reading(f"attachment {name[:100]!r}"):
+        if CONTROL.search(name):
+            raise UserError("its name has a control character")
+        file = (folder / name).resolve()
+        file.exists()                       # raises if the name is too long
+        if root and not file.is_relative_to(root.resolve()):
+            raise UserError(f"it lies outside of {root}; if you trust whose data this is: --allow-outside-files")
+        return file
+
+
+def missing_files(tasks: list[Task]) -> list[Path]:
+    """The attachments that are not there."""
+    return [file for task in tasks for file in task.files.values() if isinstance(file, Path) and not file.is_file()]
+
+
+def read_gaia(folder: Path | str, split: str = "validation", allow_outside: bool = False) -> list[Task]:
+    """Tasks in GAIA's layout: metadata (jsonl or parquet) in folder[/2023][/<split>], files beside it; these may be
+    missing. The test split has no answers: its tasks get the answer HIDDEN. folder "hub": downloaded."""
+    root = None if allow_outside else Path(folder)
     if folder == "hub":         # it needs the token of a user who has accepted the dataset's conditions
         from huggingface_hub import snapshot_download
-        try:
+        with reading("GAIA", f"Ask for access at {HUB} (given at once), then `hf auth login` or HF_TOKEN=..."):
             folder = snapshot_download("gaia-benchmark/GAIA", repo_type="dataset")
-        except OSError as error:    # refused, not found, no network: all errors of the hub are of this kind
-            raise UserError(f"GAIA cannot be fetched ({type(error).__name__}): ask for access at {HUB} (given at "
-                            "once), then `hf auth login` or HF_TOKEN=...") from error
-    for below in (f"2023/{split}", split, "."):
-        for name in ("metadata.jsonl", "metadata.parquet"):
-            file = Path(folder) / below / name
-            if file.is_file():
-                return read_tasks(file, gaia_fields)
+        root = Path(folder).parent.parent       # its files are links to blobs/, beside snapshots/
+    places = [Path(folder) / below / f"metadata.{kind}" for below in (f"2023/{split}", split, ".")
+              for kind in ("jsonl", "parquet")]
+    if found := [file for file in places if file.is_file()]:
+        return read_tasks(found[0], gaia_fields, root, complete=False)
     raise UserError(f"{folder}: no metadata.jsonl or .parquet in it, in 2023/{split} or in {split}")
 
 

@@ -11,12 +11,14 @@ the web, read documents and ask models, and what they may not reach, is in machi
 """
 import builtins
 import inspect
+import itertools
 import keyword
 import os
 import re
 import runpy
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -25,10 +27,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from executor import ToolError
-from machinery.api import ask_about_image, spoken_words
+from machinery.api import ask_about_image, models_of, spoken_words
 from machinery.cli import UserError
 from machinery.documents import WebError, document, file_bytes, page_text, paged
-from machinery.web import Web, article, open_web, search, snapshot
+from machinery.web import Cache, Web, article, open_web, search, snapshot
 
 
 @dataclass
@@ -254,9 +256,16 @@ def transcribe(context: ToolContext, path: str) -> str:
 # -------------------------------------------------------------------------------------- which tools a run has
 READERS = ["markitdown", "pypdf", "openpyxl"]
 NEEDS: list[tuple[Tool, list[str], list[str]]] = [    # tool, packages, variables of the environment
-    (web_search, [], []), (visit, READERS, []), (find, READERS, []), (wiki, READERS, []),
-    (archive, READERS, []), (download, [], []), (read_file, READERS, []),
-    (ask_image, [], ["VISION_URL", "VISION_MODEL"]), (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"])]
+    (web_search, [], []),
+    (visit, READERS, []),
+    (find, READERS, []),
+    (wiki, READERS, []),
+    (archive, READERS, []),
+    (download, [], []),
+    (read_file, READERS, []),
+    (ask_image, [], ["VISION_URL", "VISION_MODEL"]),
+    (transcribe, [], ["AUDIO_URL", "AUDIO_MODEL"]),
+]
 
 
 def preflight(web: Web) -> list[tuple[Tool, str]]:
@@ -273,8 +282,32 @@ def preflight(web: Web) -> list[tuple[Tool, str]]:
     return rows
 
 
-def preflight_table(web: Web) -> str:
-    return "\n".join(f"  {t.name:<12} {'left out: ' + why if why else 'live'}" for t, why in preflight(web))
+PAGE = "https://example.com"
+CALLS = {       # to see if a tool's back end answers
+    "web_search": ("weather",), "visit": (PAGE,), "find": (PAGE, "domain"), "download": (PAGE,), "wiki": ("Earth",),
+    "archive": (PAGE, "2020-01-01")}
+
+
+def back_end_answer(made: Tool) -> str:
+    """What a tool's back end says, asked once; nothing of it is recorded. "" for a tool without one."""
+    if made.name in CALLS:
+        return replace(made, web=replace(made.web, cache=Cache()), log=None).bind(ToolContext())(*CALLS[made.name])
+    server = {"ask_image": "VISION", "transcribe": "AUDIO"}.get(made.name)
+    return models_of(server) if server else ""
+
+
+def preflight_table(run_tools: list[Tool], web: Web, ask: bool) -> str:
+    """A line for each web tool of the run, and for each that was left out; "" without any. ask: call each once."""
+    live, answers = [made for made in run_tools if made.web], itertools.repeat("")
+    if not live:
+        return ""
+    if ask and web.cache.mode != "replay":
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(back_end_answer, live))
+    rows = {made.name: f"left out: {why}" for made, why in preflight(web) if why}
+    for made, answer in zip(live, answers):
+        rows[made.name] = f"does not answer: {answer[:100]}" if answer.startswith("ERROR[") else "live"
+    return "".join(f"  {name:<12} {text}\n" for name, text in rows.items())
 
 
 def prompt_text(tools: list[Tool]) -> str:

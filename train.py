@@ -4,9 +4,8 @@
     python train.py --model Qwen2.5-7B --data FILE     # QLoRA on one GPU
 
 Owns the loop, the evaluation during training, `Config` (all settings) and the command line. Read in this order: `train`
-and the verbs as it calls them, `finish_step`, `evaluate`, `Config`; the rest sets up a run. The mathematics is in
-grpo.py, sampling in rollout.py, the replay rule in queue.py. What a run prints (machinery/console.py) and how it is
-saved (machinery/checkpoint.py) can be skipped.
+and the verbs as it calls them, `finish_step`, `evaluate`, `Config`; the rest sets up a run, and machinery/ can be
+skipped. The mathematics is in grpo.py, sampling in rollout.py, the replay rule in queue.py.
 
 No random generator has a state here. Every random choice follows from (seed, step, ...): a trajectory's stream from its
 task and number, the replay from the step, the order of the tasks from the epoch. So a resumed run needs only counters,
@@ -14,6 +13,10 @@ and in deterministic mode it equals the run without interruption. Departures fro
 """
 from __future__ import annotations
 
+from machinery.cli import quiet_imports
+quiet_imports(__name__)
+
+import contextlib
 import json
 import math
 import random
@@ -26,11 +29,13 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
+import report
 from executor import Executor
 from grpo import Group, GRPOConfig, group_advantages, make_optimizer, update as grpo_update
 from machinery import console, ranks
-from machinery.checkpoint import append, begin, keep_best, log_trajectories, restore, resumed, save
+from machinery.checkpoint import begin, keep_best, log_trajectories, restore, resumed, rows_to_keep, save, way_on
 from machinery.cli import OneLineParser, UserError, exit_status, option, parse_settings
+from machinery.folder import alone_in, append
 from machinery.memory import apply_plan
 from machinery.preflight import check
 from machinery.ranks import everyone
@@ -39,7 +44,7 @@ from machinery.versions import warn_of_other_versions
 from machinery.web import Cache
 from policy import LORA_RANK, Policy, load_policy, model_config, parameter_counts, preset_for
 from reward import Judge, check_judge, compute_rewards
-from rollout import Sampling, Trajectory, rollout
+from rollout import Sampling, Trajectory, check_context, read_prompt, rollout
 from tasks import BUILTIN_TOOLS, HARD, Task, endless, every, read_jsonl, split_tasks
 from tools import load_tools, open_web, preflight_table
 
@@ -51,19 +56,19 @@ def train(run: Run):
     while not run.ended:
         run.step += 1
         run.clock = console.Clock()
-        groups = judge(run, sample(run, run.rank_groups))
+        groups = judge(run, sample(run, run.rank_online))
         fresh = advantage(run, groups)
         replayed = replay(run, len(fresh))
         for again in range(1, run.cfg.resample + 1):             # groups that replay did not supply: sample again
-            missing = max(everyone(run.rank_groups - len(fresh) - len(replayed)))    # of all ranks
-            if missing:
+            missing = max(everyone(run.rank_online - len(fresh) - len(replayed)))    # of all ranks
+            if missing > 0:
                 extra = judge(run, sample(run, missing, again))
                 groups += extra
                 fresh += advantage(run, extra)
         stats = update(run, fresh, replayed)
         run.pending = console.step_metrics(run, groups, fresh, replayed, stats)
         console.show_trajectory(run, groups[0])
-        log_trajectories(run, groups)
+        log_trajectories(run, groups, fresh, replayed, stats)
         save(run)
         finish_step(run)
 
@@ -73,7 +78,8 @@ def sample(run: Run, n: int, again: int = 0) -> list[Group]:
     cfg, tasks = run.cfg, run.next_tasks(n)
     seed = random.Random(f"rollout-{cfg.seed}-{run.step}-{again}").getrandbits(62)
     with run.bar(n * cfg.group_size, f"step {run.step}: sampling") as bar:
-        sampled = rollout(run.policy, tasks, run.executor, run.tools, cfg, cfg.group_size, seed, bar)
+        sampled = rollout(run.policy, tasks, run.executor, run.tools, cfg, cfg.group_size, seed,
+                          lambda _: bar.update())
     run.online += n * cfg.group_size * run.size
     run.clock.lap("sampling")
     for trajectory in [t for group in sampled for t in group]:
@@ -103,10 +109,10 @@ def advantage(run: Run, groups: list[Group]) -> list[Group]:
 
 
 def replay(run: Run, n_fresh: int) -> list[Entry]:
-    """Queued groups in place of groups without signal, at most a set share of the batch."""
+    """Queued groups in place of groups not sampled (--online-groups) or without signal; the latter up to a share."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
-    most = min(run.rank_groups - n_fresh, int(run.cfg.replay_share * run.rank_groups))
-    return run.queue.draw(most, run.step, rng)
+    most = max(run.rank_groups - run.rank_online, int(run.cfg.replay_share * run.rank_groups))
+    return run.queue.draw(min(most, run.rank_groups - n_fresh), run.step, rng)
 
 
 def update(run: Run, fresh: list[Group], replayed: list[Entry]):
@@ -118,17 +124,14 @@ def update(run: Run, fresh: list[Group], replayed: list[Entry]):
     is_fresh = [group.step == run.step for group in fresh + old for _ in group.batch()]
     with run.bar(len(batch) * cfg.epochs, f"step {run.step}: update") as bar:
         stats = grpo_update(run.policy, run.optimizer, batch, cfg, cfg.temperature, cfg.max_turns * cfg.turn_tokens,
-                            is_fresh, run.step, bar, cfg.plain)
+                            is_fresh, run.step, bar, cfg.plain, rows_to_keep(run, fresh, batch))
     cfg.token_budget = stats.token_budget                        # lower after an out-of-memory
-    for note in stats.notes:
-        tqdm.write(f"  step {run.step}, process {run.rank}: {note}")
-    first = sum(is_fresh)                                        # the replayed trajectories follow, group by group
+    shares = iter(stats.off_policy_each[sum(is_fresh):])         # of the replayed trajectories, group by group
     for entry in replayed:
-        last = first + len(entry.group.batch())
-        run.queue.report_off_policy(entry, fmean(stats.off_policy_each[first:last]))
-        first = last
+        run.queue.report_off_policy(entry, fmean(next(shares) for _ in entry.group.batch()))
     for group in fresh:
-        run.queue.admit(group, group.std, any(r.answer == 1 for r in group.rewards), run.step)
+        kept = group.positive() if cfg.replay == "positive" else group
+        run.queue.admit(kept, group.std, any(r.answer == 1 for r in group.rewards), run.step)
     run.clock.lap("update")
     return stats
 
@@ -144,24 +147,22 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 def finish_step(run: Run):
-    """Evaluate if it is time, then write the step's line of metrics.jsonl.
-
-    The checkpoint was saved before, with the step's metrics as `pending`. If a kill comes between, --resume does this
-    again, after it has cut the logs back to their length at the checkpoint: so there is exactly one line per step.
-    """
+    """Evaluate if it is time, then write the step's line of metrics.jsonl. The checkpoint was saved before, with the
+    step's metrics as `pending`. If a kill comes between, --resume does this again, after it has cut the logs back to
+    their length at the checkpoint: so there is exactly one line per step."""
     run.ended = run.step >= run.cfg.steps or console.out_of_time(run)
     full = run.step == 0 or run.ended
     if full or run.step % run.cfg.eval_every == 0:
         run.pending |= evaluate(run, full)
         if run.step == 0:
             run.before = run.pending
-            console.estimate(run)
         keep_best(run)
     run.pending["seconds_total"] = round(run.elapsed(), 2)
     run.history.append(run.pending)
     if run.main:
-        append(run, "metrics.jsonl", [run.pending])
+        append(run.out / "metrics.jsonl", [run.pending])
     console.show_step(run)
+    report.refresh(run)
     run.pending = None
 
 
@@ -171,7 +172,7 @@ def solve(run: Run, tasks: list[Task], name: str, temperature: float, samples: i
     mine, right = tasks[run.rank::run.size], {}
     with run.bar(len(mine) * samples, f"held-out {name}") as bar:
         groups = rollout(run.policy, mine, run.executor, run.tools, replace(run.cfg, temperature=temperature), samples,
-                         seed=1, progress=bar)
+                         seed=1, on_end=lambda _: bar.update())
     for task, rewards in zip(mine, compute_rewards(mine, groups, run.judge)):
         right[task.id] = float(any(r.answer == 1 for r in rewards))
     return {task_id: value for part in everyone(right) for task_id, value in part.items()}
@@ -185,36 +186,15 @@ def evaluate(run: Run, full: bool) -> dict:
     start = time.perf_counter()
     quick, eighth = every(4, run.heldout), every(8, run.heldout)
     tasks = run.heldout if full else quick
-    right = {"greedy": solve(run, tasks, "greedy", 0.0), "sampled": solve(run, tasks, "sampled", 1.0)}
+    right = {
+        "greedy": solve(run, tasks, "greedy", 0.0),
+        "sampled": solve(run, tasks, "sampled", 1.0),
+    }
     if full:
         right["pass@8"] = solve(run, eighth, "pass@8", 1.0, 8)
 
-    def accuracy(name: str, chosen: list[Task]) -> float | None:
-        value = console.mean(right[name].get(task.id) for task in chosen)
-        return None if value is None else round(value, 4)
-    families = {}
-    for family in dict.fromkeys(task.family for task in tasks):
-        members = [task.id for task in tasks if task.family == family]
-        families[family] = {"n": len(members)}
-        for name, found in right.items():
-            families[family][name] = console.mean(found.get(task_id) for task_id in members)
-    core = [task for task in tasks if task.family not in run.hard]
-    hard = [task for task in tasks if task.family in run.hard]
-    quick_core = [task for task in quick if task.family not in run.hard]
-    found = {
-        "heldout_greedy": accuracy("greedy", core),
-        "heldout_sampled": accuracy("sampled", core),
-        "heldout_hard": accuracy("greedy", hard),
-        "heldout_hard_sampled": accuracy("sampled", hard),
-        "heldout_n": len(core),
-        "heldout_families": families,
-        "heldout_quick": accuracy("greedy", quick_core) + accuracy("sampled", quick_core),
-    }
-    if full:
-        found["heldout_pass8"] = accuracy("pass@8", core)
-        found["heldout_hard_pass8"] = accuracy("pass@8", hard)
-    found["evaluation_seconds"] = round(time.perf_counter() - start, 2)
-    return found
+    seconds = round(time.perf_counter() - start, 2)
+    return console.heldout_metrics(run, tasks, quick, right) | {"evaluation_seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -227,7 +207,7 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
     max_hours: float | None = option(None, "end in time, with evaluation and checkpoint")
     seed: int = option(0, "seed of everything", zero=True)
     check: bool = option(False, "print what this run needs and what of it is missing, before any download, and end")
-    probe: int = option(0, "sample this many tasks untrained, print whether a run is worth its hours, end", zero=True)
+    probe: int = option(0, "sample N tasks with the untrained model, say if a run is worth it, end", zero=True)
     quantize: str = option("auto", "of the base; auto: nf4 on a GPU from 1e9 parameters on", ("auto", "none", "nf4"))
     vram: float | None = option(None, "GiB of GPU memory: plans context, slots and token budget where not given")
     lr: float = option(1e-5, "learning rate")
@@ -240,8 +220,10 @@ class RunConfig:                # defaults are a 7B model's; policy.preset_for s
 @dataclass
 class TaskConfig:
     data: str | None = option(None, "FILE.jsonl with id, question, answer, files, level; default: the built-in tasks")
+    allow_outside_files: bool = option(False, "let --data attach files from outside its folder")
     difficulty: int = option(0, "of the built-in tasks: 0 for the tiny model, 1 to 3 for real ones", zero=True)
     tools: str | None = option(None, "web, my_tools.py or both with a comma; the built-in tasks bring theirs")
+    no_preflight: bool = option(False, "do not call each web tool once before the run")
     cache: str = option("live", "of the web: live, record[:FILE] or replay[:FILE]")
     judge: str = option("heuristic", "heuristic, local (the base model), or the URL of an OpenAI-compatible server")
     judge_model: str | None = option(None, "model name at the judge's URL")
@@ -255,11 +237,14 @@ class TaskConfig:
 @dataclass
 class QueueConfig:
     queue_size: int = option(64, "groups kept for replay", zero=True)
-    replay_share: float = option(0.5, "at most this share of a batch is replayed", zero=True)
+    online_groups: int | None = option(None, "of --groups so many are sampled, the queue fills the rest (default: all)")
+    replay: str = option("all", "of a group: all, or only trajectories with a positive advantage", ("all", "positive"))
+    replay_share: float = option(0.5, "at most this share of a batch replaces groups without signal", zero=True)
     half_life: float = option(4.0, "steps in which a queued group's priority halves")
     max_age: int = option(8, "steps after which a queued group is dropped", zero=True)
     max_uses: int = option(4, "updates that a group may take part in", zero=True)
-    max_off_policy: float = option(0.3, "a group with more off-policy tokens (share) leaves", zero=True, flag=False)
+    max_off_policy: float = option(0.3, "a group leaves with more than this share of off-policy tokens", zero=True,
+                                   flag=False)
 
 
 @dataclass
@@ -283,6 +268,7 @@ def parse_args(argv=None) -> tuple[Config, set[str]]:
     if cfg.group_size == 1:
         raise UserError("--group-size 1: an advantage compares trajectories of one task, so it takes at least 2")
     check_judge(cfg.judge, cfg.judge_model)
+    cfg.prompt = cfg.prompt and read_prompt(cfg.prompt)         # run.json keeps the text: the file may change
     return cfg, set(given)
 
 
@@ -300,6 +286,8 @@ class Run:
     heldout: list[Task]
     queue: SampleQueue
     out: Path
+    rank_groups: int                                 # groups of a batch on this rank (process)
+    rank_online: int                                 # those sampled for it; the queue fills the rest
     rank: int = 0
     size: int = 1                                    # number of ranks: processes that share the work
     started: float = field(default_factory=time.monotonic)
@@ -310,6 +298,7 @@ class Run:
     online: int = 0                                  # trajectories sampled for training so far, over all ranks
     seconds: float = 0.0                             # wall time of earlier processes of this run
     cpu_seconds: float = 0.0
+    report_seconds: float = 0.0                      # spent on the page so far
     best: float = -1.0
     before: dict | None = None                       # the evaluation before any update
     pending: dict | None = None                      # metrics of `step`, not logged yet
@@ -319,11 +308,6 @@ class Run:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def rank_groups(self) -> int:
-        """Groups of a batch on this rank (process)."""
-        return self.cfg.groups // self.size
 
     @property
     def hard(self) -> tuple[str, ...]:
@@ -363,14 +347,14 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     """Load everything and make the Run, fresh or resumed. Bad input is refused before the model takes its minutes."""
     rank, size = ranks.world()
     cfg, settled = settle(cfg, given)
-    if cfg.groups % size:
-        raise UserError(f"--groups {cfg.groups} cannot be shared by {size} processes")
-    data = read_jsonl(Path(cfg.data)) if cfg.data else None
+    cfg.online_groups = cfg.online_groups or cfg.groups
+    if cfg.online_groups > cfg.groups or cfg.groups % size or cfg.online_groups % size:
+        raise UserError(f"--groups {cfg.groups} --online-groups {cfg.online_groups}: the first must be the larger one, "
+                        f"and both are shared evenly by {size} processes")
+    data = read_jsonl(cfg.data, cfg.allow_outside_files) if cfg.data else None
     tasks, heldout = split_tasks(data, cfg.eval_tasks, cfg.seed, cfg.difficulty)
     web = open_web(cfg.cache)
     loaded = load_tools(cfg.tools, web)
-    if "web" in (cfg.tools or "").split(",") and rank == 0:
-        print(preflight_table(web))
     apply_plan(cfg, settled)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed, lora_rank=cfg.lora_rank)
@@ -379,19 +363,31 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
         torch.set_num_threads(1)                              # the tiny model's fastest; leaves the sandbox a core
     builtin = BUILTIN_TOOLS if tiny or not cfg.data else []   # the tiny model knows these tools
     tools = load_tools(None, beside=builtin + loaded)         # no two of one name
-    verdicts = None if cfg.judge == "heuristic" else Cache(f"{cfg.out}.judge.sqlite", "record")    # outlives a resume
+    if rank == 0:
+        print(preflight_table(tools, web, not cfg.no_preflight), end="")
+    check_context(policy, tasks, tools, cfg)
+    verdicts = None                                           # those of an LLM outlive a resume
+    if cfg.judge != "heuristic":
+        verdicts = Cache(f"{Path(cfg.out)}.judge.sqlite", "record")
     run = Run(
         cfg, policy, make_optimizer(policy, cfg.lr), executor,
         Judge(cfg.judge, cfg.judge_model, policy=policy, cache=verdicts), tools, tasks, heldout,
         SampleQueue(cfg.queue_size // size, cfg.half_life, cfg.max_age, cfg.max_uses, cfg.max_off_policy),
-        Path(cfg.out), rank, size)
+        Path(cfg.out), cfg.groups // size, cfg.online_groups // size, rank, size)
     if cfg.resume:
         restore(run, queued_group)
     elif not cfg.probe:
         sampling = {f.name: getattr(cfg, f.name) for f in fields(Sampling)} | {"temperature": 0.0}
         run.pending = dict.fromkeys(console.NUMBERS) | {"step": 0, "online_trajectories": 0}
-        begin(run, {"config": asdict(cfg), "model": policy.name, "prompt": policy.preset.prompt, "tools": cfg.tools,
-                    "quantize": cfg.quantize, "sampling": sampling})
+        begin(run, {
+            "config": asdict(cfg),
+            "model": policy.name,
+            "base_weights": policy.base_weights,
+            "prompt": policy.preset.prompt,
+            "tools": cfg.tools,
+            "quantize": cfg.quantize,
+            "sampling": sampling,
+        })
     return run
 
 
@@ -413,12 +409,14 @@ def probe(run: Run):
 def command(argv=None):
     """The whole command line. UserError for bad input, and for an out-of-memory that the update could not mend."""
     cfg, given = parse_args(argv)
+    run = None
     try:
         if cfg.check:
             return check(*settle(cfg, given))
         ranks.join()
         warn_of_other_versions()
-        with Executor(cfg.sandbox) as executor:
+        alone = contextlib.nullcontext() if cfg.probe or ranks.world()[0] else alone_in(Path(cfg.out))
+        with alone, Executor(cfg.sandbox) as executor:
             run = start(cfg, given, executor)
             run.say("configuration: " + json.dumps(asdict(run.cfg)))
             run.say(f"model {run.policy.name} on {run.policy.device}, {run.policy.model.dtype}, sandbox "
@@ -429,11 +427,12 @@ def command(argv=None):
                 train(run)
                 console.report(run)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}); the last checkpoint is whole: python "
-                        f"train.py --resume --out {cfg.out} with fewer --slots, a smaller --token-budget, or --vram "
-                        "GIB, which plans both") from error
+        raise UserError(f"out of GPU memory ({str(error).partition('. ')[0]}). {way_on(run)}, with fewer --slots, a "
+                        "smaller --token-budget, or --vram GIB, which plans both") from error
+    except OSError as error:
+        raise UserError(f"cannot go on ({error}): make room, or mend the folder. {way_on(run)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"nothing is lost: python train.py --resume --out {cfg.out}") from None
+        raise KeyboardInterrupt(way_on(run)) from None
 
 
 def main(argv=None) -> int:

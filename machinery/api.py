@@ -40,6 +40,15 @@ def bearer(key: str) -> dict:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
+def models_of(server: str) -> str:
+    """The models that the server of VISION_URL or AUDIO_URL names, as text: asking costs nothing."""
+    url, key = (os.environ.get(f"{server}_{part}", "") for part in ("URL", "API_KEY"))
+    try:
+        return str(call(f"{url.rstrip('/')}/models", 10.0, headers=bearer(key)))
+    except WebError as error:
+        return str(error)
+
+
 class ChatModel:
     """The policy's base model (spec "local"), or the model `name` behind the base URL `spec`. Thread-safe."""
 

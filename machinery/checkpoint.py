@@ -1,12 +1,11 @@
 """What a run writes, so that a kill at any moment loses nothing: checkpoints and logs.
 
-Owns `save` and `restore`, the published adapters (out/, out/best/), the lines of the logs, and the folder of a new run.
+Owns `save` and `restore`, the published adapters (out/, out/best/), the lines of the logs, and how to go on.
 `run` is train.Run. Read in this order: `save`, `restore`, the packing of the queue and of the optimiser.
 
 out/state/step-N/ holds all of a step as safetensors and JSON (no pickle); the two newest are kept. A checkpoint is
 written into a folder `partial` and then renamed. It holds the lengths of the logs, which `restore` cuts back to them.
 """
-import contextlib
 import json
 import os
 import shutil
@@ -18,31 +17,22 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from machinery.cli import UserError, claim_folder, flag_name
+from machinery.cli import UserError, flag_name
+from machinery.folder import append, claim_folder, reading
 from machinery.ranks import barrier, everyone
-from policy import save_adapter
+from machinery.text import token_texts
+from policy import check_base, save_adapter
 
 PROGRESS = ("step", "position", "online", "best", "before", "pending")
-LOGS = ("metrics.jsonl", "trajectories.jsonl")
+LOGS = ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl")
 PER_TOKEN = {"ids": torch.int32, "mask": torch.uint8, "logps": torch.float64}    # stored as tensors, not as text
 
 
-@contextlib.contextmanager
-def writing(out: Path, part: Path | None = None):
-    """What a full disk or a forbidden folder raises, as one line; the unfinished folder `part` is removed."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot write ({error}); the last checkpoint is whole: make room, then python train.py "
-                        f"--resume --out {out}") from error
-
-
-def append(run, name: str, rows: list[dict]):
-    """Add lines of JSON to a log."""
-    with writing(run.out), (run.out / name).open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def way_on(run) -> str:
+    """How to go on after an end that nobody wanted. run: None while it is loaded."""
+    if run is None or run.cfg.probe or not list((run.out / "state").glob("step-*")):
+        return "Nothing was trained yet: the same command starts again"
+    return f"The last checkpoint is whole: python train.py --resume --out {run.out}"
 
 
 def light(trajectory) -> dict:
@@ -50,17 +40,59 @@ def light(trajectory) -> dict:
     return {k: v for k, v in trajectory.to_dict().items() if k not in PER_TOKEN}
 
 
-def log_trajectories(run, groups: list):
-    """Every trajectory as a line of trajectories.jsonl."""
+def log_trajectories(run, groups: list, fresh: list, replayed: list, stats):
+    """Every trajectory as a line of trajectories.jsonl; of some of them the tokens in tokens.jsonl."""
     rows = []
     for group in groups:
         advantages = group.advantages or [None] * len(group.trajectories)
         for t, reward, a in zip(group.trajectories, group.rewards, advantages):
-            rows.append({"step": run.step, "task": group.task.id, "question": group.task.question,
-                         "expected": group.task.answer, "reward": asdict(reward), "advantage": a, **light(t)})
+            rows.append({"step": run.step, "task": group.task.id, "family": group.task.family,
+                         "question": group.task.question, "expected": group.task.answer, "reward": asdict(reward),
+                         "advantage": a, **light(t)})
     for part in everyone(rows):
         if run.main:
-            append(run, "trajectories.jsonl", part)
+            append(run.out / "trajectories.jsonl", part)
+    log_tokens(run, groups, fresh, replayed, stats)
+
+
+def kept_whole(run) -> bool:
+    """Whether tokens.jsonl gets all trajectories of this step, not only the best and the worst of its batch."""
+    return run.step == 1 or run.step % 10 == 0 or run.step == run.cfg.steps
+
+
+def rows_to_keep(run, fresh: list, batch: list) -> list[int]:
+    """Indices of the trajectories of a batch, fresh groups first, whose tokens go into tokens.jsonl."""
+    if kept_whole(run):
+        return list(range(len(batch)))
+    rated = [(r.total, a) for group in fresh for r, a in zip(group.rewards, group.advantages) if a is not None]
+    rows = range(len(rated))
+    return sorted({max(rows, key=rated.__getitem__), min(rows, key=rated.__getitem__)}) if rated else []
+
+
+def log_tokens(run, groups: list, fresh: list, replayed: list, stats):
+    """tokens.jsonl: the tokens of some trajectories as they were sampled, and what the loss saw of them."""
+    old = [entry.group for entry in replayed]
+    batch = [(group, t) for group in fresh + old for t, _ in group.batch()]
+    in_loss = {id(batch[row][1]): columns for row, columns in stats.shown.items()}
+    if kept_whole(run):
+        chosen = [(group, t) for group in groups + old for t in group.trajectories]
+    else:
+        chosen = [batch[row] for row in rows_to_keep(run, fresh, batch)]
+    texts = token_texts(run.policy.tokenizer, {i for _, t in chosen for i in t.ids})
+    rows = []
+    for group, t in chosen:
+        row = {"step": run.step, "task": t.task_id, "sample": t.sample, "seed": t.seed, "sampled": group.step,
+               "ids": t.ids, "texts": [texts[i] for i in t.ids], "mask": t.mask, "logps": shorter(t.logps)}
+        if id(t) in in_loss:
+            row |= {name: values and shorter(values) for name, values in in_loss[id(t)]._asdict().items()}
+        rows.append(row)
+    for part in everyone(rows):
+        if run.main:
+            append(run.out / "tokens.jsonl", part)
+
+
+def shorter(values: list[float]) -> list[float]:
+    return [round(value, 7) for value in values]
 
 
 def write_synced(path: Path, text: str):
@@ -78,13 +110,14 @@ def cpu_seconds(run) -> float:
 # ------------------------------------------------------------------------------------------------- a run's beginning
 def begin(run, inherited: dict):
     """The folder of a fresh run, with its first checkpoint. inherited: run.json, which evaluation and --resume need."""
+    defaults = asdict(type(run.cfg)()) | run.policy.preset.settings
+    inherited["defaults"] = defaults | {"decay_steps": defaults["decay_steps"] or defaults["steps"]}
     if run.main:
-        with writing(run.out):
-            claim_folder(run.out, "run.json", "run")
-            (run.out / "best").mkdir()
-            for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it
-                write_synced(folder / "run.json", json.dumps(inherited, indent=1))
-                save_adapter(run.policy, folder)
+        claim_folder(run.out, "run.json", "run")
+        (run.out / "best").mkdir()
+        for folder in (run.out, run.out / "best"):           # run.json first: claim_folder knows a run by it
+            write_synced(folder / "run.json", json.dumps(inherited, indent=1))
+            save_adapter(run.policy, folder)
     save(run)
 
 
@@ -95,7 +128,9 @@ RESUMABLE = {"resume", "check", "steps", "max_hours", "out", "sandbox", "show_ev
 def resumed(cfg, given: set[str]):
     """The configuration of the run in --out. UserError if a setting that shapes the run was given another value."""
     latest_state(Path(cfg.out))
-    old = json.loads((Path(cfg.out) / "run.json").read_text())["config"]
+    with reading(file := Path(cfg.out) / "run.json"):
+        stored = json.loads(file.read_text())["config"]
+        old = {name: stored.get(name, default) for name, default in asdict(type(cfg)()).items()}
     for name in sorted(given - RESUMABLE):
         if getattr(cfg, name) != old[name]:
             raise UserError(f"--resume: the run in {cfg.out} was started with {flag_name(name)} {old[name]}, not "
@@ -110,7 +145,7 @@ def save(run):
     """Write the checkpoint of run.step into a new folder and rename it. Then the adapter in out/ is replaced by it."""
     states = run.out / "state"
     part, whole = states / "partial", states / f"step-{run.step:06d}"
-    with writing(run.out, part):
+    try:
         if run.main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -121,11 +156,14 @@ def save(run):
         if run.main:
             save_shared(run, part)
         barrier()                                   # all is written
-        if run.main:
-            part.rename(whole)
-            publish(run, whole, run.out)
-            for old in sorted(states.glob("step-*"))[:-2]:
-                shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:     # a full disk: give back what little there was
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(error) from error
+    if run.main:
+        part.rename(whole)
+        publish(whole, run.out)
+        for old in sorted(states.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
 
 
 def save_shared(run, part: Path):
@@ -140,11 +178,10 @@ def save_shared(run, part: Path):
     write_synced(part / "state.json", json.dumps(state))
 
 
-def publish(run, state: Path, folder: Path):
+def publish(state: Path, folder: Path):
     """Replace the adapter's weights in `folder` by those of a checkpoint, in one step."""
-    with writing(run.out):
-        shutil.copyfile(state / "adapter_model.safetensors", folder / "adapter.partial")
-        os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
+    shutil.copyfile(state / "adapter_model.safetensors", folder / "adapter.partial")
+    os.replace(folder / "adapter.partial", folder / "adapter_model.safetensors")
 
 
 def keep_best(run):
@@ -152,7 +189,7 @@ def keep_best(run):
     if run.pending["heldout_quick"] > run.best:
         run.best = run.pending["heldout_quick"]
         if run.main:
-            publish(run, latest_state(run.out), run.out / "best")
+            publish(latest_state(run.out), run.out / "best")
 
 
 def latest_state(out: Path) -> Path:
@@ -162,31 +199,42 @@ def latest_state(out: Path) -> Path:
     return states[-1]
 
 
+def metrics_until(run, size: int) -> list[dict]:
+    """The lines of metrics.jsonl at the checkpoint. UserError unless they are one for each step of this run so far."""
+    file = run.out / "metrics.jsonl"
+    with reading(file, "Put that of this run back"):
+        history = [json.loads(line) for line in (file.read_bytes()[:size] if file.exists() else b"").splitlines()]
+        if [row["step"] for row in history] != list(range(run.step)):
+            raise UserError("not one line for each step of this run until its checkpoint: put its own file back")
+    return history
+
+
 def restore(run, make_group):
     """Continue from the newest checkpoint: weights, optimiser, queue, counters; the logs are cut back to it.
 
     make_group: (task id, trajectories as dicts, step, advantages) -> a group of the queue.
     """
     folder = latest_state(run.out)
-    state = json.loads((folder / "state.json").read_text())
-    if state["ranks"] != run.size:
-        raise UserError(f"--resume: the run had {state['ranks']} processes, this one has {run.size}; each has its own "
-                        f"queue, so use torchrun --nproc-per-node {state['ranks']}")
-    set_peft_model_state_dict(run.policy.model, load_file(folder / "adapter_model.safetensors"))
-    unpack_optimizer(run.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
-    tensors = load_file(folder / f"queue-{run.rank}.safetensors")
-    packed = json.loads((folder / f"queue-{run.rank}.json").read_text())
-    run.queue.load_state_dict(unpack_queue(tensors, packed, make_group))
-    for name in (*PROGRESS, "seconds", "cpu_seconds"):
-        setattr(run, name, state[name])
+    check_base(run.out, run.policy.name, run.policy.base_weights)
+    with reading(folder, "Remove it: the checkpoint before it may be whole"):
+        state = json.loads((folder / "state.json").read_text())
+        if state["ranks"] != run.size:
+            raise UserError(f"the run had {state['ranks']} processes, this one has {run.size}; each has its own queue, "
+                            f"so use torchrun --nproc-per-node {state['ranks']}")
+        set_peft_model_state_dict(run.policy.model, load_file(folder / "adapter_model.safetensors"))
+        unpack_optimizer(run.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+        tensors = load_file(folder / f"queue-{run.rank}.safetensors")
+        packed = json.loads((folder / f"queue-{run.rank}.json").read_text())
+        run.queue.load_state_dict(unpack_queue(tensors, packed, make_group))
+        for name in (*PROGRESS, "seconds", "cpu_seconds"):
+            setattr(run, name, state[name])
+    run.history = metrics_until(run, state["logs"]["metrics.jsonl"])
+    barrier()                                       # all have read them
     if run.main:
         for name, size in state["logs"].items():
-            if (run.out / name).exists():
+            if (run.out / name).exists() and (run.out / name).stat().st_size > size:
                 os.truncate(run.out / name, size)
-        publish(run, folder, run.out)
-    barrier()                                       # the logs are cut
-    if (run.out / "metrics.jsonl").exists():
-        run.history = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+        publish(folder, run.out)
     run.say(f"resumed {run.out} after step {run.step}")
 
 

@@ -1,16 +1,17 @@
 """Command lines: settings out of a dataclass, and how every command ends.
 
-Bad input ends with one clear line and exit status 2, Ctrl-C with 130. Owns `UserError`, `exit_status`, `option`,
-`parse_settings`.
+Bad input ends with one clear line and exit status 2, Ctrl-C with 130. Owns `UserError`, `Output`, `exit_status`,
+`option`, `parse_settings`.
 """
 import argparse
-import itertools
+import contextlib
 import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 
@@ -25,32 +26,59 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")
 
 
+class Output:
+    """A standard stream that never ends a run: what nobody reads is dropped. What its encoding lacks is escaped, and so
+    are control characters: the texts of models and data could rewrite the terminal."""
+    CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")       # None: closed by the shell (>&-)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        text = self.CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+        self.attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable, *arguments):
+        """After an error (| head has gone, the disk is full) everything goes to /dev/null, Python's last flush too."""
+        try:
+            action(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def quiet_imports(name: str):
+    """Called before torch is imported: Ctrl-C then ends a command (name: its __name__) without a traceback."""
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:    # not under nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Run a command line: 0 done, 2 bad input, 130 interrupted; each in one line."""
     while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:      # stdin, stdout or stderr was closed: a pipe would
         pass                                                    # get its number
     os.close(lowest)
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:                  # its text, if it has one, says how to go on
-        print(": ".join(["\ninterrupted", *map(str, interrupt.args)]), file=sys.stderr)
-        return 130
-    return 0
-
-
-def claim_folder(out: Path, mark: str, what: str):
-    """Make the folder of a new run or evaluation. An older one in it, known by its file `mark`, is moved aside: nothing
-    is ever overwritten."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / mark).exists():
-            raise UserError(f"--out {out} is not empty and holds no {what}: name another folder")
-        aside = next(f"{out}.{i}" for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
-        out.rename(aside)
-        print(f"{out} held another {what}: it was moved to {aside}")
-    out.mkdir(parents=True, exist_ok=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # after quiet_imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.redirect_stdout(Output(sys.stdout)) as out, contextlib.redirect_stderr(Output(sys.stderr)):
+        try:
+            command()
+            return 0
+        except (UserError, OSError) as error:               # OSError: a file or folder that nobody foresaw
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as interrupt:              # its text, if it has one, says how to go on
+            print(": ".join(["\ninterrupted", *map(str, interrupt.args)]), file=sys.stderr)
+            return 130
+        finally:
+            out.flush()
 
 
 # ------------------------------------------------------------------------------------- settings: a dataclass of options

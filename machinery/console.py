@@ -1,9 +1,9 @@
 """What a training run measures and prints: metrics per step, the estimate, warnings, the probe and the final table.
-
-`run` is train.Run, known here by its attributes alone.
+And the tables of an evaluation. `run` is train.Run, known here by its attributes alone.
 """
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -59,7 +59,40 @@ def step_metrics(run, groups: Sequence, fresh: Sequence, replayed: Sequence, sta
     metrics = {key: mean(m[key] for m in each) for key in mine}
     metrics |= {"step": run.step, "online_trajectories": run.online}
     metrics |= {f"seconds_{phase}": run.clock[phase] for phase in ("sampling", "tools", "judging", "update")}
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    drawn = [{"task": e.group.task.id, "step": e.step, "seed": e.group.trajectories[0].seed} for e in replayed]
+    metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    metrics["replayed_groups"] = sum(everyone(drawn), [])
+    return metrics | {"warnings": sum(everyone(stats.notes), []) + warnings_for([*run.history, metrics])}
+
+
+def heldout_metrics(run, tasks: Sequence, quick: Sequence, right: dict[str, dict[str, float]]) -> dict:
+    """Accuracy on held-out tasks per family, and on core and hard ones. quick: the tasks that decide out/best.
+    right: "greedy", "sampled" and perhaps "pass@8" -> task id -> 1.0 or 0.0."""
+    def accuracy(name: str, chosen: list) -> float | None:
+        value = mean(right[name].get(task.id) for task in chosen)
+        return None if value is None else round(value, 4)
+    families = {}
+    for family in dict.fromkeys(task.family for task in tasks):
+        members = [task.id for task in tasks if task.family == family]
+        families[family] = {"n": len(members)}
+        for name, found in right.items():
+            families[family][name] = mean(found.get(task_id) for task_id in members)
+    core = [task for task in tasks if task.family not in run.hard]
+    hard = [task for task in tasks if task.family in run.hard]
+    quick_core = [task for task in quick if task.family not in run.hard]
+    found = {
+        "heldout_greedy": accuracy("greedy", core),
+        "heldout_sampled": accuracy("sampled", core),
+        "heldout_hard": accuracy("greedy", hard),
+        "heldout_hard_sampled": accuracy("sampled", hard),
+        "heldout_n": len(core),
+        "heldout_families": families,
+        "heldout_quick": accuracy("greedy", quick_core) + accuracy("sampled", quick_core),
+    }
+    if "pass@8" in right:
+        found["heldout_pass8"] = accuracy("pass@8", core)
+        found["heldout_hard_pass8"] = accuracy("pass@8", hard)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- what is printed
@@ -75,14 +108,15 @@ def show_step(run):
     """The step's line, its warnings, the held-out accuracy."""
     m = run.pending
     if run.step:
-        run.say(STEP_LINE.format(**{k: float("nan") if v is None else v for k, v in m.items()}))
-        for warning in warnings_for(run.history):
+        line = STEP_LINE.format(**{k: float("nan") if v is None else v for k, v in m.items()})
+        run.say(line.replace(" nan", " -"))           # not measured, such as the KL where beta is 0
+        for warning in m.get("warnings", []):         # a checkpoint of an older version has none
             run.say(f"  warning: {warning}")
     if "heldout_greedy" in m:
         hard = "" if m["heldout_hard"] is None else f", hard {m['heldout_hard']:.3f}"
         run.say(f"  held-out ({m['heldout_n']} tasks): greedy {m['heldout_greedy']:.3f} "
                 f"sampled {m['heldout_sampled']:.3f}{hard}  [{m['evaluation_seconds']:.0f} s]")
-    if run.step == 2:
+    if run.step in (0, 2):
         estimate(run)
 
 
@@ -90,7 +124,7 @@ def estimate(run):
     """Hours per phase, from what is measured so far: the first evaluation, or the second step."""
     cfg, evaluation_seconds, left = run.cfg, run.before["evaluation_seconds"], run.cfg.steps - run.step
     if run.step == 0:
-        sampling = evaluation_seconds / (3 * len(run.heldout)) * cfg.groups * cfg.group_size
+        sampling = evaluation_seconds / (3 * len(run.heldout)) * cfg.online_groups * cfg.group_size
         update, update_text = sampling, "update not measured yet, taken as sampling"
     else:
         m = run.history[-1]
@@ -115,16 +149,20 @@ def out_of_time(run) -> bool:
 
 def show_trajectory(run, group):
     """Every show_every-th step: one whole trajectory, as a person reads it."""
-    if (run.step - 1) % run.cfg.show_every != 0:
-        return
-    task, trajectory = group.task, group.trajectories[0]
-    run.say(f"--- {task.id}: {task.question}")
+    if (run.step - 1) % run.cfg.show_every == 0:
+        run.say(as_text(group, 0))
+
+
+def as_text(group, i: int) -> str:
+    """Trajectory i of a group."""
+    task, trajectory = group.task, group.trajectories[i]
+    lines = [f"--- {task.id}: {task.question}"]
     for turn in trajectory.turns:
-        run.say(turn.text.strip())
+        lines.append(turn.text.strip())
         if turn.observation:
-            run.say(f"Observation: {turn.observation.strip()}")
-    run.say(f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop {trajectory.stop_reason}, "
-            f"reward {group.rewards[0].total}")
+            lines.append(f"Observation: {turn.observation.strip()}")
+    return "\n".join([*lines, f"--- answer {trajectory.answer!r}, expected {task.answer!r}, stop "
+                      f"{trajectory.stop_reason}, reward {group.rewards[i].total}"])
 
 
 def report(run):
@@ -145,11 +183,12 @@ def report(run):
     run.say(f"{run.step} steps, {run.online} trajectories sampled, {run.elapsed() / 60:.1f} minutes of wall time, "
             f"{cpu_seconds(run):.0f} CPU-seconds of the trainer, the sandbox apart")
     run.say(f"adapter {run.out}/  best {run.out}/best/  metrics {run.out}/metrics.jsonl  "
-            f"trajectories {run.out}/trajectories.jsonl\nevaluate it: python eval_gaia.py --ckpt {run.out}")
+            f"trajectories {run.out}/trajectories.jsonl\n"
+            f"look at it: {run.out}/report.html  evaluate it: python eval_gaia.py --ckpt {run.out}")
 
 
 def show_probe(run, groups: Sequence):
-    """How often the untrained model is right, how many groups carry signal, and how long a run would take."""
+    """How often the untrained model is right, how long a run would take, why it fails, and what to try."""
     cfg, counts = run.cfg, [sum(r.answer == 1 for r in g.rewards) for g in groups]
     run.say(f"\n{cfg.probe} tasks x {cfg.group_size}: trajectories right of {cfg.group_size}, tasks")
     for right in range(cfg.group_size + 1):
@@ -159,12 +198,64 @@ def show_probe(run, groups: Sequence):
     signal = sum(g.advantages is not None for g in groups) / len(groups)
     run.say(f"groups with signal {signal:.2f}, tokens per trajectory "
             f"{fmean(len(t.ids) for t in trajectories):.0f} (sampled {fmean(sum(t.mask) for t in trajectories):.0f})")
-    batches = cfg.steps * run.rank_groups / cfg.probe
+    batches = cfg.steps * run.rank_online / cfg.probe
     hours = {phase: run.clock[phase] * batches / 3600 for phase in ("sampling", "judging", "update")}
+    hours["update"] *= run.rank_groups / run.rank_online        # the queue fills the rest of a batch
     run.say(f"a run of {cfg.steps} steps: " + ", ".join(f"{phase} {h:.2f} h" for phase, h in hours.items())
             + f", in all {sum(hours.values()):.2f} h, evaluations apart")
-    if signal < 0.2:
-        run.say("few groups carry signal: choose tasks that the model solves sometimes (see --difficulty)")
+    stops = Counter(t.stop_reason for t in trajectories)
+    turns = Counter(turn.status or "no code" for t in trajectories for turn in t.turns)
+    for what, counter in (("trajectories ended by", stops), ("turns", turns)):
+        run.say(f"{what}: " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
+    for right in (True, False):                                  # one of each, where there is one
+        found = [(g, i) for g in groups for i, r in enumerate(g.rewards) if (r.answer == 1) == right]
+        if found:
+            run.say(("\na right one:\n" if right else "\na wrong one:\n") + as_text(*found[0]))
+    for advice in advice_for(signal, sum(counts) / len(trajectories), stops, turns):
+        run.say(f"to try: {advice}")
+
+
+def advice_for(signal: float, right: float, stops: Counter, turns: Counter) -> list[str]:
+    """What may help an untrained model. signal: the share of groups that carry it. right: the share of trajectories.
+    stops: trajectories by stop reason. turns: by status of the executor, or "no code"."""
+    if signal >= 0.2:
+        return []
+    if right > 0.5:
+        return ["harder tasks (--difficulty, or your own --data): most answers are right already"]
+    stop = {name: n / stops.total() for name, n in stops.items()}
+    turn = {name: n / turns.total() for name, n in turns.items()}
+    rules = (
+        (turn.get("no code", 0) > 0.3, "other words (--prompt FILE): the model often writes no Python block"),
+        (turn.get("error", 0) > 0.3, "other words (--prompt FILE, with an example): the code often fails"),
+        (stop.get("turn_limit", 0) > 0.3, "more turns (--max-turns): many trajectories end without an answer"),
+        (stop.get("length", 0) > 0.3, "longer turns (--turn-tokens): many are stopped inside a turn"),
+        (stop.get("context_limit", 0) > 0.3, "more context (--context-tokens): many trajectories fill it"),
+        (True, "easier tasks (--difficulty 0, or your own --data) that the model solves sometimes"),
+        (True, "a warm start, for models up to 1.5B: python -m scripts.warm_start --base MODEL --out FOLDER"))
+    return [text for applies, text in rules if applies]
+
+
+def evaluation_tables(result: dict) -> str:
+    """The tables of eval_gaia.py, of its results.json."""
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f} %"
+    rows = {"all": result} | {f"level {k}": v for k, v in result["levels"].items()}
+    rows |= {f"attachment {k}": v for k, v in result["attachments"].items()}
+    rows |= {"text-only subset": result["text_only"]}
+    lines = [f"  {'questions':<24}    n  official   95 % Wilson    heuristic      LLM"]
+    for name, s in rows.items():
+        low, high = s["wilson95"]
+        llm = percent(s["llm"]) if result["llm_verdicts"] else "-"
+        lines.append(f"  {name:<24}{s['n']:5d}{percent(s['accuracy']):>10}  [{100 * low:4.1f}, {100 * high:5.1f}]"
+                     f"{percent(s['heuristic']):>12}{llm:>10}")
+    for name in ("pass", "maj"):
+        lines += [f"  {name}@{k} {percent(v)}" for k, v in result.get(f"{name}_at_k", {}).items()]
+    pairs = [f"{pair} {percent(v['agree'])} of {v['n']}" for pair, v in result["agreement"].items()
+             if pair != "unsure" and v["n"]]
+    lines.append(f"agreement ({result['agreement']['unsure']} unsure): " + "; ".join(pairs))
+    lines.append("what became of them: " + ", ".join(f"{name} {n}" for name, n in result["categories"].most_common()))
+    means = ", ".join(f"{name} {value:.1f}" for name, value in result["mean"].items())
+    return "\n".join([*lines, f"no answer: {result['missing']}; mean {means}"])
 
 
 # --------------------------------------------------------------------------------------------- early warnings

@@ -108,7 +108,8 @@ def planned(cfg, vram: float, fixed: set[str]) -> Plan:
     given = {name: getattr(cfg, name) for name in ("slots", "token_budget") if name in fixed}
     if "context_tokens" in fixed:
         given["context"] = cfg.context_tokens
-    return plan_memory(cfg.model, vram, cfg.quantize, cfg.groups * cfg.group_size, cfg.lora_rank, **given)
+    trajectories = (cfg.online_groups or cfg.groups) * cfg.group_size
+    return plan_memory(cfg.model, vram, cfg.quantize, trajectories, cfg.lora_rank, **given)
 
 
 def apply_plan(cfg, settled: set[str]):

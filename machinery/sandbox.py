@@ -7,20 +7,22 @@ inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, and `Supervis
                        `-- supervisor: process 1 of the session's own namespaces; it never runs model code
                              `-- runner: runs the model's code (executor.Runner); whatever that code starts is below
 
-`bwrap` covers: an unprivileged uid without capabilities; user, mount, pid, ipc, uts and network namespaces; only /usr
-  and the interpreter with its packages are visible, read-only; a private tmpfs per session (/tmp, /dev/shm); no sockets
-  (seccomp: no loopback, vsock, netlink, abstract names); no ptrace, mount, unshare, io_uring, bpf, keyctl, memfd, SysV
-  memory (seccomp); limits on memory, processes, open files, disk, output. It does not cover bugs of the kernel, side
-  channels, kernel buffers (pipes), or the use of the cores.
-`none` covers: an empty environment, the limits, the same seccomp filter, no capabilities, no access to the trainer's
-  memory, and the killing of what a cell leaves. It does not cover files: code reads and writes what the trainer's uid
-  may, files with expected answers too; it sees and may signal other processes. Expected answers never enter either.
+`bwrap` covers: an unprivileged uid without capabilities; user, mount, pid, ipc and network namespaces, terminals and
+  tmpfs (/tmp, /dev/shm) of each session's own; only /usr and the interpreter with its packages are visible, read-only;
+  seccomp: no sockets but stream pairs (no loopback, vsock, netlink, abstract names), ptrace, mount, unshare, inotify,
+  io_uring, bpf, keyctl, memfd, SysV or shared anonymous memory, or scheduling of others; limits on memory, processes,
+  open files, disk, output. `none` covers: an empty environment, the limits except the disk's total, the same seccomp
+  filter, no capabilities, no access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on); all
+  that a session starts is one process group, and the kernel kills it when the supervisor dies. Not files: code reads
+  and writes what the trainer's uid may. Not covered by either: top of executor.py. Expected answers never enter.
 """
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
 import os
+import re
 import resource
 import select
 import shutil
@@ -31,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -40,9 +43,9 @@ from machinery.cli import UserError
 
 UNPRIVILEGED = 65534                            # the uid that a root trainer drops to before anything else
 libc = ctypes.CDLL(None, use_errno=True)
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
-NEWNS, NEWUSER, NEWPID, ANY_NAMESPACE = 0x20000, 0x10000000, 0x20000000, 0x7E020000
-NOSUID, NODEV, BIND, REC, PRIVATE = 2, 4, 4096, 16384, 1 << 18
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+NOSUID, NODEV, NOEXEC, BIND, REC, PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 EPERM, ENOSYS, ENETDOWN = 1, 38, 100
 
 
@@ -71,8 +74,7 @@ class Zygote:
     def start(self) -> None:
         """SandboxError where it does not start."""
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8",
-                       "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
-                       "MALLOC_ARENA_MAX": "1"}         # else each thread reserves 64 MB of the address space
+                       "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}    # or 64 MB each
         with open(os.memfd_create("sources"), "w+b") as sources, tempfile.TemporaryFile() as errors:
             with zipfile.ZipFile(sources, "w") as archive:
                 for name in INSIDE:
@@ -138,13 +140,9 @@ def bubblewrap(command: list[str]) -> list[str]:
     if (bwrap := shutil.which("bwrap")) is None:
         raise SandboxError("bubblewrap is not installed")
     argv = [bwrap, "--unshare-all", "--as-pid-1", "--proc", "/proc", "--dev", "/dev", "--dir", "/tmp",
-            "--ro-bind", "/usr", "/usr"]
-    for path in ("/bin", "/sbin", "/lib", "/lib64"):
-        if os.path.islink(path):
-            argv += ["--symlink", os.readlink(path), path]
-        elif os.path.exists(path):
-            argv += ["--ro-bind", path, path]
-    for path in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
+            "--ro-bind", "/usr", "/usr",
+            "--dev-bind", "/dev/full", "/dev/zero"]      # reads as zeros, and cannot become shared memory
+    for path in ("/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         argv += ["--ro-bind-try", path, path]
     for number, path in enumerate(visible_paths()):
         argv += ["--ro-bind", f"/tmp/{number}" if os.getuid() == 0 else path, path]     # see `launch`
@@ -166,14 +164,13 @@ PRELOAD = ("collections", "csv", "datetime", "decimal", "fractions", "heapq", "i
 
 def launch(uid: int, paths: list[str], command: list[str]) -> None:
     """As root: bind the interpreter where any uid can read it (a home may be 0700); drop to uid; become bwrap."""
+    Path("/proc/self/oom_score_adj").write_text("900")  # no other can lower what CAP_SYS_RESOURCE has set
     check(libc.unshare(NEWNS), "unshare")
     check(libc.mount(None, b"/", None, REC | PRIVATE, None), "make mounts private")
     sources = [os.open(path, os.O_PATH) for path in paths]
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, b"mode=755"), "mount /tmp")
-    for number, (path, source) in enumerate(zip(paths, sources)):
-        origin, target = f"/proc/self/fd/{source}", f"/tmp/{number}"
-        os.mkdir(target) if os.path.isdir(origin) else Path(target).touch()
-        check(libc.mount(origin.encode(), target.encode(), None, BIND | REC, None), f"bind {path}")
+    for number, source in enumerate(sources):
+        bind(source, f"/tmp/{number}")
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -192,21 +189,21 @@ def zygote(base: str | None, run_cells: Callable) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # the kernel reaps the children
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
+    Path("/proc/self/oom_score_adj").write_text("900")  # "none" was not launched
     gc.collect()
     gc.freeze()                                         # a collection does not touch, so copy, these pages
     host.send(b"ready")
     while (received := socket.recv_fds(host, 1 << 18, 253))[0]:     # b"": the host has closed it, or has ended
         message, descriptors, _, _ = received
-        if os.fork() == 0:
-            host.close()
-            open_session(descriptors, json.loads(message), base is None, run_cells)
+        with suppress(OSError):                         # too many processes: the host sees the session's socket close
+            if os.fork() == 0:
+                host.close()
+                open_session(descriptors, json.loads(message), base is None, run_cells)
         for descriptor in descriptors:
             os.close(descriptor)
     if base is not None:                                # in bwrap this is process 1, and takes every session with it
         kill_all()
-        with suppress(ChildProcessError):
-            os.wait()                                   # until all have ended: none is left as a zombie
-        shutil.rmtree(base, ignore_errors=True)
+        remove_tree(base)
     os._exit(0)
 
 
@@ -217,25 +214,24 @@ def open_session(descriptors: list[int], setup: dict, isolated: bool, run_cells:
         if isolated:
             attached = sum(os.fstat(descriptor).st_size for descriptor in attachments)
             isolate(size=attached + (setup["disk_mb"] << 20), inodes=1000 + 16 * setup["disk_mb"])
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # or nothing could be waited for
         for name, source in zip(setup["files"], attachments, strict=True):
             path = os.path.join(setup["workdir"], name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "wb") as target, open(source, "rb") as content:
                 shutil.copyfileobj(content, target)
         restrict(setup, isolated)
-        Supervisor(control, setup, run_cells).loop()
+        Supervisor(control, setup, isolated, run_cells).loop()
     except BaseException as error:
         control.send(f"failed {type(error).__name__}: {error}".encode())
-    finally:                                            # also where the host does not listen any more
-        kill_all()
+    finally:                                            # the kernel kills the runner and all below: see `lifeline`
         os._exit(0)
 
 
 def isolate(size: int, inodes: int) -> None:
-    """Be process 1 of new user, mount and pid namespaces, with its own /proc, /tmp and /dev/shm."""
+    """Be process 1 of new namespaces, with its own /proc, /tmp, /dev/shm and terminals, and with no network."""
     uid, gid = os.getuid(), os.getgid()
-    check(libc.unshare(NEWUSER | NEWNS | NEWPID), "unshare")
+    check(libc.unshare(NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC), "unshare")
+    hidden = {path: os.open(path, os.O_PATH) for path in visible_paths() if path.startswith("/tmp/")}
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         Path(f"/proc/self/{name}").write_text(text)
     if os.fork():
@@ -245,14 +241,29 @@ def isolate(size: int, inodes: int) -> None:
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NOSUID | NODEV, options), "mount /tmp")
     os.mkdir("/tmp/.shm")
     check(libc.mount(b"/tmp/.shm", b"/dev/shm", None, BIND, None), "bind /dev/shm")
+    options = b"newinstance,ptmxmode=666,max=16"        # of the terminals that all sessions share
+    check(libc.mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC, options), "mount /dev/pts")
+    for path, source in hidden.items():                 # an interpreter below /tmp
+        bind(source, path)
+
+
+def bind(source: int, target: str) -> None:
+    """Have the file or folder of the descriptor appear at `target`, and close it."""
+    origin = f"/proc/self/fd/{source}"
+    os.makedirs(target if os.path.isdir(origin) else os.path.dirname(target), exist_ok=True)
+    Path(target).touch()
+    check(libc.mount(origin.encode(), target.encode(), None, BIND | REC, None), f"bind {target}")
+    os.close(source)
 
 
 def restrict(setup: dict, isolated: bool) -> None:
-    """Limits, no capabilities, fewer system calls, for this process and all that it forks."""
+    """Limits and no capabilities, for this process and all that it forks."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = dict(AS=mapped + (setup["memory_mb"] << 20), FSIZE=setup["disk_mb"] << 20, NOFILE=256, CORE=0, MEMLOCK=0)
     if isolated:
-        limits["NPROC"] = setup["processes"] + 2        # per user namespace; elsewhere it is all the uid's
+        limits |= dict(NPROC=setup["processes"] + 2, SIGPENDING=1000)   # per user namespace; elsewhere all the uid's
+    else:                                               # no session without a zygote; in bwrap it is process 1
+        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "parent's death")
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     os.setsid()
@@ -261,123 +272,202 @@ def restrict(setup: dict, isolated: bool) -> None:
     check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
-    rules = seccomp_rules(os.uname().machine)
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-    filters = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(program))
+
+
+def confine(isolated: bool) -> None:
+    """The runner and all that it starts: no signals to others (Landlock, from Linux 6.12 on), fewer system calls."""
+    ruleset = libc.syscall(444, struct.pack("QQQ", 0, 0, 3), 24, 0)     # scopes: abstract sockets (1), signals (2)
+    if ruleset >= 0:
+        check(libc.syscall(446, ruleset, 0), "landlock")
+        os.close(ruleset)
+    program = ctypes.create_string_buffer(seccomp_program(os.uname().machine, isolated))
+    filters = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(program))
     check(libc.prctl(PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")
 
 
-# Refused system calls: their numbers on x86_64 and aarch64.
+# Refused system calls: their numbers on x86_64 and aarch64. (Those that need a capability fail without this.)
 REFUSED = """socket 41 198, connect 42 203, bind 49 200, listen 50 201, ptrace 101 117, kcmp 312 272, bpf 321 280,
-    process_vm_readv 310 270, process_vm_writev 311 271, perf_event_open 298 241, syslog 103 116, chroot 161 51,
-    userfaultfd 323 282, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41,
-    name_to_handle_at 303 264, open_by_handle_at 304 265, add_key 248 217, request_key 249 218, keyctl 250 219,
-    init_module 175 105, finit_module 313 273, kexec_load 246 104, personality 135 92, memfd_create 319 279,
-    shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180, fanotify_init 300 262"""
+    process_vm_readv 310 270, process_vm_writev 311 271, perf_event_open 298 241, syslog 103 116, mount 165 40,
+    userfaultfd 323 282, unshare 272 97, setns 308 268, add_key 248 217, request_key 249 218, keyctl 250 219,
+    personality 135 92, memfd_create 319 279, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
+    fanotify_init 300 262, inotify_init 253 26, inotify_init1 294 26, ioprio_set 251 30, migrate_pages 256 238,
+    move_pages 279 239"""
+# Refused where an argument (its index, a mask) is or is not a value. Scheduling is for the caller (0) alone, or the
+# supervisor would starve; socketpair: not SOCK_DGRAM, which sends to any name; no new namespaces; no shared anonymous
+# memory, which can exist without being mapped, so without being counted.
+PARTLY = """sched_setaffinity 203 122 0 ffffffff not 0, sched_setscheduler 144 119 0 ffffffff not 0,
+    sched_setparam 142 118 0 ffffffff not 0, sched_setattr 314 274 0 ffffffff not 0, prlimit64 302 261 0 ffffffff not 0,
+    setpriority 141 140 0 ffffffff not 0, setpriority 141 140 1 ffffffff not 0, socketpair 53 199 1 b not 1,
+    clone 56 220 0 7e020000 not 0, mmap 9 222 3 21 is 21"""
+IGNORED = "setsid 112 157, setpgid 109 154"     # in `none` they do nothing: one kill() reaches a session as a group
 # From 424 on all numbers agree. Let through: pidfd_send_signal, pidfd_open, close_range, openat2, faccessat2,
 # epoll_pwait2, futex_waitv. The rest (io_uring, clone3, new mounts, memfd_secret, ...) "does not exist".
 HARMLESS = (424, 434, 436, 437, 439, 441, 449)
 
 
-def seccomp_rules(machine: str) -> list[tuple[int, int, int, int]]:
-    """Classic BPF over struct seccomp_data: the number at 0, architecture at 4, first argument at 16."""
-    column, arch, clone = {"x86_64": (1, 0xC000003E, 56), "aarch64": (2, 0xC00000B7, 220)}[machine]
-    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
+def seccomp_program(machine: str, isolated: bool) -> bytes:
+    """Classic BPF over struct seccomp_data: the number at 0, architecture at 4, arguments from 16 on, 8 bytes each."""
+    column, arch = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}[machine]
+    load, equal, at_least, mask_with, give = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, kill_process, errno = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x80000000), 0x00050000
     rules = [(load, 0, 0, 4), (equal, 1, 0, arch), kill_process, (load, 0, 0, 0)]
     for number in HARMLESS:
         rules += [(equal, 0, 1, number), allow]
     rules += [(at_least, 0, 1, 424), (give, 0, 0, errno | ENOSYS)]      # the x32 numbers too, from 2^30 on
-    for call in REFUSED.split(","):
-        code = ENETDOWN if call.startswith("socket") else EPERM
+    for call in (REFUSED if isolated else f"{REFUSED}, {IGNORED}").split(","):
+        code = {"socket": ENETDOWN, "setsid": 0, "setpgid": 0}.get(call.split()[0], EPERM)
         rules += [(equal, 0, 1, int(call.split()[column])), (give, 0, 0, errno | code)]
-    refuse = (give, 0, 0, errno | EPERM)
-    return rules + [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 0, 1, ANY_NAMESPACE), refuse, allow]
+    for call in PARTLY.split(","):
+        *numbers, argument, mask, relation, value = call.split()
+        jumps = (1, 0) if relation == "not" else (0, 1)                 # over the refusal: if equal, if not
+        rules += [(equal, 0, 5, int(numbers[column])), (load, 0, 0, 16 + 8 * int(argument)),
+                  (mask_with, 0, 0, int(mask, 16)), (equal, *jumps, int(value, 16)),
+                  (give, 0, 0, errno | EPERM), (load, 0, 0, 0)]
+    return b"".join(struct.pack("HBBI", *rule) for rule in rules + [allow])
 
 
 class Supervisor:
     """Does what the host requests ("start", "resume", "interrupt", "pause"), and watches the runner.
 
-    Reports: "started", "paused", "crashed <reason>", "killed <reason>"; "failed <reason>": it cannot go on itself."""
-    signals = {b"resume": [signal.SIGCONT], b"pause": [signal.SIGSTOP],
-               b"interrupt": [signal.SIGINT, signal.SIGCONT]}       # the code may have stopped its own process
+    Reports: "started", "paused", "crashed <reason>", "killed <reason>"; "failed <reason>": it cannot go on itself.
+    `everyone` is what one kill() reaches without a race with forks: the namespace, or the runner's process group."""
 
-    def __init__(self, control: socket.socket, setup: dict, run_cells: Callable):
-        self.control, self.setup, self.run_cells = control, setup, run_cells
-        self.runner = self.death = self.wire = None     # the runner: its pid; a pidfd, while it lives; its wire
-        self.busy = False                               # a cell is running
+    def __init__(self, control: socket.socket, setup: dict, isolated: bool, run_cells: Callable):
+        self.control, self.setup, self.isolated, self.run_cells = control, setup, isolated, run_cells
+        self.runner = self.everyone = None              # the runner's pid, while it is in use
+        self.kept = []                                  # descriptors that are open as long as this runner is in use
+        self.paused, self.stopped = True, False         # no cell may run; the runner's threads stand still
+        self.events, self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)   # a byte when a child ends, stops, goes on
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
 
     def loop(self) -> None:
         """Until the host closes its end of the control socket, or has ended."""
         while True:
-            watched = [self.control] if self.death is None else [self.control, self.death]
-            ready = select.select(watched, [], [], 0.1 if self.busy else None)[0]
+            ready = select.select([self.control, self.events], [], [], None if self.paused else 0.05)[0]
             self.reap()
-            if self.busy and not ready and (excess := self.overuse()):
-                self.busy = False
-                self.control.send(f"killed it had too {excess}".encode())
+            if not self.paused and time.monotonic() > self.next_look and (excess := self.overuse()):
+                self.lose(f"killed it had too {excess}")
             if self.control not in ready:
                 continue
             request, descriptors, _, _ = socket.recv_fds(self.control, 64, 2)
             if not request:
-                return
+                return kill_all(self.everyone)
             if request == b"start":
                 self.start(*descriptors)
-            elif self.death is not None:                # else the host will read that the runner has died
-                for number in self.signals[request]:
-                    os.kill(self.runner, number)
-                self.busy = request != b"pause"
-                if not self.busy:
-                    kill_all(keep=self.runner)
-                    self.control.send(b"paused")
+            elif self.runner is not None:               # else the host will read that the runner is gone
+                getattr(self, request.decode())()
 
     def start(self, wire: int, output: int) -> None:
         """Kill every process of the session and fork a new runner, in the same namespaces and directory."""
-        with suppress(ChildProcessError):               # until none is left
-            while True:
-                kill_all()
-                os.wait()                               # for one of those just killed
-                self.reap()
-        for descriptor in filter(None, (self.death, self.wire)):
-            os.close(descriptor)
+        self.runner = None
+        kill_all(self.everyone)
+        while self.kept:
+            os.close(self.kept.pop())
         os.makedirs(self.setup["workdir"], exist_ok=True)       # code may have removed it
         os.chdir(self.setup["workdir"])
-        self.runner, self.wire = os.fork(), wire        # open here, too: so its end is not the sign of a death
-        if self.runner == 0:
-            self.control.close()
+        if (runner := os.fork()) == 0:
+            os.setsid()                                 # a group to kill; and one to schedule (sched_autogroup)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for descriptor in (self.control.detach(), self.events, self.wakeup):
+                os.close(descriptor)
+            confine(self.isolated)
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)     # code may look at its own /proc/self
             self.run_cells(socket.socket(fileno=wire), output, self.setup)
         os.close(output)
-        self.death = os.pidfd_open(self.runner)
+        self.kept = [wire, *lifeline(runner)]           # the wire: so its end is not the sign of a death
+        self.runner, self.everyone, self.stopped = runner, -1 if self.isolated else -runner, False
         self.control.send(b"started")
 
+    def resume(self) -> None:
+        """Let the runner go on with a cell. It stood still, and alone, since the pause, or `reap` has killed it."""
+        self.paused, self.next_look = False, time.monotonic() + 0.1
+        os.kill(self.runner, signal.SIGCONT)
+
+    def interrupt(self) -> None:
+        for number in (signal.SIGINT, signal.SIGCONT):  # the code may have stopped its own process
+            os.kill(self.runner, number)
+
+    def pause(self) -> None:
+        """Stop everyone, and kill all but the runner. A timer or a child may wake it: again, until all is still."""
+        until = time.monotonic() + self.setup["grace"]
+        while time.monotonic() < until and self.runner is not None:
+            os.kill(self.everyone, signal.SIGSTOP)
+            select.select([self.events], [], [], 0.001)     # it stands still a little later
+            self.reap()
+            for pid in (started := others(self.runner)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if self.stopped and not started and self.runner is not None:
+                self.paused = True
+                self.control.send(b"paused")
+                return
+        if self.runner is not None:
+            self.lose("killed it could not be stopped")
+
+    def lose(self, report: str) -> None:
+        """Give the runner up: tell the host, kill everyone."""
+        self.runner, self.paused = None, True
+        kill_all(self.everyone)
+        self.control.send(report.encode())
+
     def reap(self) -> None:
-        """Collect the dead, orphans of the session included, and report the runner's death."""
+        """Take note of what happened to children, orphans of the session included."""
+        with suppress(BlockingIOError):
+            os.read(self.events, 1 << 16)
         with suppress(ChildProcessError):               # there are none
-            while (dead := os.waitpid(-1, os.WNOHANG)) != (0, 0):
-                if dead[0] == self.runner:
-                    os.close(self.death)
-                    self.death, self.busy, code = None, False, os.waitstatus_to_exitcode(dead[1])
+            for _ in range(200):                        # a bomb leaves them faster than this could take them all
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+                if pid == 0:
+                    return
+                if pid == self.runner and (os.WIFSTOPPED(status) or os.WIFCONTINUED(status)):
+                    self.stopped = os.WIFSTOPPED(status)
+                    if self.paused:
+                        self.lose("killed it went on between two cells")
+                elif pid == self.runner:
                     names = {-number: number.name for number in signal.Signals}     # real-time signals have none
-                    self.control.send(f"crashed its process died ({names.get(code, f'exit status {code}')})".encode())
+                    code = os.waitstatus_to_exitcode(status)
+                    how = names.get(code, f"signal {-code}" if code < 0 else f"exit status {code}")
+                    self.lose(f"crashed its process died ({how})")
 
     def overuse(self) -> str | None:
         """What the session's processes have too much of together; a process alone is held by its limits."""
-        pages, pids = 0, descendants()
-        for pid in pids:
-            with suppress(OSError, IndexError):         # it has ended meanwhile
-                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        if pages * resource.getpagesize() > 3 * self.setup["memory_mb"] << 20:
-            return "much memory"
-        return "many processes" if len(pids) > self.setup["processes"] + 1 else None
+        most, start = self.setup["processes"] + 1, time.process_time()
+        if len(pids := descendants(most)) > most:
+            return "many processes"
+        too_much = memory_above(3 * self.setup["memory_mb"] << 20, pids)
+        self.next_look = time.monotonic() + min(max(0.1, 10 * (time.process_time() - start)), 1.0)
+        return "much memory" if too_much else None
 
 
-def descendants() -> set[int]:
-    """All processes of this session but the supervisor. In its own pid namespace that is everybody."""
+def memory_above(limit: int, pids: set[int]) -> bool:
+    """Whether these processes hold more bytes than the limit: the sum of PSS, which counts a page that several share,
+    as after a fork, once. Of a process that hides this figure, all that is resident counts."""
+    resident = {}
+    for pid in pids:
+        with suppress(OSError, ValueError):             # it has ended meanwhile
+            task = Path(f"/proc/{pid}/task/{max(os.listdir(f'/proc/{pid}/task'), key=int)}")    # the first may be dead
+            resident[task] = int((task / "statm").read_text().split()[1]) * resource.getpagesize()
+    # As process 1 it reads the session's own count of sockets; each may buffer 512 KiB.
+    total = int(Path("/proc/net/sockstat").read_text().split()[2]) << 19 if os.getpid() == 1 else 0
+    if total + sum(resident.values()) <= limit:
+        return False                                    # the quick way, nearly always
+    for task, whole in resident.items():
+        try:
+            found = re.findall(r"^(?:Pss|SwapPss): +(\d+)", (task / "smaps_rollup").read_text(), re.M)
+            total += sum(map(int, found)) << 10
+        except OSError as error:                        # it hides, or it has ended meanwhile
+            total += whole if isinstance(error, PermissionError) else 0
+    return total > limit
+
+
+def descendants(most: int = 1 << 22) -> set[int]:
+    """All processes of this session but the supervisor, or somewhat more than `most` of them."""
     if os.getpid() == 1:
         return {int(name) for name in os.listdir("/proc") if name.isdigit()} - {1}
     found, todo = set(), [os.getpid()]
-    while todo:
+    while todo and len(found) <= most + 1:
         found.add(parent := todo.pop())
         for children in Path("/proc").glob(f"{parent}/task/*/children"):
             with suppress(OSError):                     # it has ended meanwhile
@@ -385,11 +475,46 @@ def descendants() -> set[int]:
     return found - {os.getpid()}
 
 
-def kill_all(keep: int = 0) -> None:
-    """Kill all processes of the session but `keep`, until no new ones turn up."""
-    killed = set()
-    while found := descendants() - killed - {keep}:
-        for pid in found:
-            with suppress(ProcessLookupError):
+def others(runner: int) -> list[int]:
+    """The living processes of this session but the runner."""
+    found = []
+    for pid in descendants() - {runner}:
+        with suppress(OSError):                         # it has ended meanwhile
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                found.append(pid)
+    return found
+
+
+def lifeline(group: int) -> tuple[int, int]:
+    """A pipe. When one end closes, because its process was killed, the kernel kills the group, without a race."""
+    ends = os.pipe()
+    for end in ends:
+        fcntl.fcntl(end, fcntl.F_SETOWN, -group)
+        fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
+    return ends
+
+
+def kill_all(everyone: int | None = None) -> None:
+    """Kill everyone of the session, or all descendants; wait until they are gone, at most 5 s."""
+    until = time.monotonic() + 5.0
+    while time.monotonic() < until:
+        for pid in [everyone] if everyone else descendants():
+            with suppress(ProcessLookupError):          # it has ended meanwhile
                 os.kill(pid, signal.SIGKILL)
-        killed |= found
+        try:
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+        except ChildProcessError:                       # whoever loses its parent is our child: none is left
+            return
+        time.sleep(0.0005)
+
+
+def remove_tree(folder: str | Path) -> None:
+    """Also where code has nested it deeper than Python recurses, has locked it, or still writes, while it is killed."""
+    until = time.monotonic() + 5.0
+    with suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    while os.path.lexists(folder) and time.monotonic() < until:
+        for command in ("rm -rf", "chmod -R u+rwX"):    # a link is gone before chmod could follow it
+            subprocess.run([*command.split(), "--", folder], stderr=subprocess.DEVNULL)

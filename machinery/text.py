@@ -6,35 +6,41 @@ LEAD_IN = re.compile(r"^(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final
                      r"(?: is|:| =)+\s*", re.IGNORECASE)
 PLAIN_SIGNS = str.maketrans("−–—’‘“”×", "---''\"\"x")
 PLAIN_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe"})
+WRAPPED = re.compile(r"""(\*\*|["'`*])((?:(?!\1).)+)\1|\\boxed\{([^{}]+)\}""")    # **Paris**, "Paris", `Paris`
+
+
+def unwrapped(text: str) -> str:
+    while match := WRAPPED.fullmatch(text):
+        text = (match[2] or match[3]).strip()
+    return text
+
+
+def plain(text: str) -> str:
+    """One line of plain dashes and quotes, without wrapping, lead-in and full stop. Case, accents, signs stay."""
+    text = re.sub("[⁰¹²³⁴-⁹]+", lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
+    text = re.sub("[₀-₉]+", lambda match: "_" + unicodedata.normalize("NFKC", match[0]), text)
+    text = unicodedata.normalize("NFKC", text).translate(PLAIN_SIGNS)
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
+    text = LEAD_IN.sub("", unwrapped(" ".join(text.split())))
+    return unwrapped(re.sub(r"(?<!\.)\.$", "", text).strip())
+
+
+def unaccented(text: str) -> str:
+    """Latin letters without their accents; but か is not が."""
+    text = re.sub("([\0-\u024f])[\u0300-\u036f]+", r"\1", unicodedata.normalize("NFKD", text))
+    return unicodedata.normalize("NFC", text).translate(PLAIN_LETTERS)
 
 
 def clean(text: str) -> str:
-    """Lower case, Latin letters without accents, plain dashes and quotes, without wrapping and lead-in."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
-    text = unicodedata.normalize("NFKC", text).translate(PLAIN_SIGNS)
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
-    text = unicodedata.normalize("NFKD", text)
-    text = re.sub("([\0-\u024f])[\u0300-\u036f]+", r"\1", text)    # accents of Latin letters only: か is not が
-    text = unicodedata.normalize("NFC", text).casefold().translate(PLAIN_LETTERS)
-    text = re.sub(r"\\boxed\{(.*)\}", r"\1", text.replace("**", ""))
-    text = LEAD_IN.sub("", re.sub(r"\s+", " ", text.strip()))
-    text = text.strip(" \"'`").removesuffix(".").strip(" \"'`")
+    """Plain, in lower case, without accents, Markdown's bold and brackets around it: to compare texts loosely."""
+    text = unaccented(plain(text.replace("**", "")).casefold()).strip(" \"'`")
     return text[1:-1].strip() if text[:1] + text[-1:] in ("[]", "()", "{}") else text
 
 
-def tokens(text: str) -> list[str]:
-    """Words and numbers of a cleaned text; a number keeps sign and decimals, c++ and c# their ending."""
-    found = re.findall(r"(?<![\w)])-?\d+(?:[.,:/]\d+)*|[^\W_]+[+#]*", text)
-    return [t for t in found if t not in ("the", "a", "an")] or found
-
-
-def parts(text: str) -> list[str]:
-    """The parts of a list, without bullets and numbering."""
-    if ", " in text or ";" in text:
-        text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)    # 1,200, 3,400
-    found = re.split(r"[,;\n]|\band\b", text)
-    found = [re.sub(r"^ *(?:[-*•]|\d+[.)]) +", "", part).strip(" '\"") for part in found]
-    return [part for part in found if part]
+def token_texts(tokenizer, ids) -> dict[int, str]:
+    """id -> the text of that token, to be shown. A part of a character has none: then its name in the vocabulary."""
+    texts = {i: tokenizer.decode([i]) for i in set(ids)}
+    return {i: tokenizer.convert_ids_to_tokens(i) if "\ufffd" in text else text for i, text in texts.items()}
 
 
 def ngrams(text: str) -> set[tuple]:

@@ -16,6 +16,7 @@ class TokenLogps(NamedTuple):
     now: list[float]            # l in the last optimiser step that the trajectory took part in, before that step
     old: list[float]            # l_old; with one optimiser step per batch the same numbers
     ref: list[float] | None     # l_ref; None with beta 0
+    entropy: list[float]        # of the policy where it chose the token, in nats; of the same forward pass as now
 
 
 @dataclass
@@ -72,5 +73,5 @@ class UpdateStats:
         for micro in micro_batches:
             for i, row in enumerate(micro.rows):
                 if row in lengths:
-                    columns = (micro.now, micro.old, micro.ref)                         # (B, T) each
+                    columns = (micro.now, micro.old, micro.ref, micro.entropy)          # (B, T) each
                     self.shown[row] = TokenLogps(*[x if x is None else x[i, :lengths[row]].tolist() for x in columns])

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import sqlite3
+import sys
 import threading
 import time
 import zlib
@@ -50,9 +51,12 @@ class Cache:
     def __init__(self, path: str | None = None, mode: str = "live"):
         self.mode, self.counts = mode, Counter(hits=0, misses=0, made=0)
         self.lock, self.flights = threading.Lock(), {}
-        self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
-        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
-        self.db.commit()
+        try:
+            self.db = sqlite3.connect(path if mode != "live" else ":memory:", check_same_thread=False, timeout=60)
+            self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT, answer BLOB)")
+            self.db.commit()
+        except sqlite3.Error as error:
+            raise UserError(f"{path} cannot be used as a record: {error}") from error
 
     def answer(self, tool: str, arguments: dict, backend: str, make: Callable, hits: list | None = None):
         """The kept answer, else make() (a JSON value), kept unless it raises; a WebError with `keep` is kept too.
@@ -94,10 +98,12 @@ class Cache:
                 del self.flights[key]
 
     def _keep(self, key: str, request: str, row: dict):
-        with self.lock:
-            self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
-                            (key, request, zlib.compress(json.dumps(row).encode())))
-            self.db.commit()
+        try:
+            with self.lock, self.db:
+                self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
+                                (key, request, zlib.compress(json.dumps(row).encode())))
+        except sqlite3.Error as error:      # a full disk, say: the answer was paid for, and serves all the same
+            print(f"warning: an answer is not kept in the record: {error}", file=sys.stderr)
 
     def backend_of(self, tool: str, live: str = "") -> str:
         """Who answers a tool: `live`, but in replay whoever was recorded, so that it needs no key."""
@@ -270,10 +276,7 @@ def open_web(spec: str) -> Web:
         raise UserError(f"--cache {spec}: it is live, record[:FILE] or replay[:FILE]")
     if mode == "replay" and not Path(file or "web.sqlite").is_file():
         raise UserError(f"--cache {spec}: there is no such record")
-    try:
-        return Web(Cache(file or "web.sqlite", mode))
-    except sqlite3.Error as error:
-        raise UserError(f"--cache {spec}: the file cannot be used: {error}") from error
+    return Web(Cache(file or "web.sqlite", mode))
 
 
 # ------------------------------------------------------------------------------------- what the tools ask for

@@ -38,3 +38,8 @@ def take_frame(inbox: bytearray) -> dict | None:
     if not isinstance(frame, dict):
         raise ValueError("not a frame")
     return frame
+
+
+def valid(text: str) -> str:
+    """The text with "?" for halves of surrogate pairs, which JSON can carry, but no file."""
+    return text.encode("utf-8", "replace").decode()

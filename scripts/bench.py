@@ -360,6 +360,9 @@ def bench_executor(args) -> dict:
             for session in live:
                 session.close()
     figures |= peers(code)
+    if "ipykernel_start_ms" in figures:
+        figures |= {"start_over_ipykernel": figures["ipykernel_start_ms"] / figures["session_start_p50_ms"],
+                    "roundtrip_over_ipykernel": figures["ipykernel_roundtrip_ms"] / figures["roundtrip_ms"]}
     for name, value in figures.items():
         print(f"{name:32} {value:10.2f}" if isinstance(value, float) else f"{name:32} {value!s:>10}")
     return figures

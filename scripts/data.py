@@ -25,10 +25,9 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from reward import clean
-from tasks import Task, read_gaia, read_jsonl, read_rows
+from tasks import CONTROL, Task, read_gaia, read_jsonl, read_rows, text_of
 from machinery.cli import OneLineParser, UserError, exit_status
-from machinery.text import ngrams
+from machinery.text import clean, ngrams
 
 VOLATILE = re.compile(
     r"\b(?:current(?:ly)?|today|tonight|now|latest|recent(?:ly)?|upcoming|tomorrow|yesterday|so far|real[- ]time|"
@@ -56,8 +55,8 @@ def messages_of(record: dict) -> list[tuple[str, str]]:
 def answer_of(record: dict, messages: list[tuple[str, str]]) -> str:
     """The record's field for the answer; without one, the constant in the agent's last final_answer(...)."""
     for key in ("answer", "final_answer", "Final answer"):
-        if isinstance(record.get(key), (str, int, float)) and not isinstance(record[key], bool):
-            return str(record[key]).strip()
+        if record.get(key) is not None:
+            return text_of(record, key).strip()
     calls = re.findall(r"final_answer\((.*)\)", "\n".join(text for role, text in messages if role == "agent"))
     if not calls:
         raise Dropped("no answer")
@@ -76,7 +75,8 @@ def files_of(record: dict, question: str, folder: Path) -> dict[str, Path]:
         names += [part.strip() for part in re.split("[,;]", line) if part.strip()]
     files = {}
     for name in dict.fromkeys(names):
-        found = [p for p in (folder / name, folder / Path(name).name) if p.is_file()]
+        found = [p for p in (folder / name, folder / Path(name).name)
+                 if p.is_file() and p.resolve().is_relative_to(folder.resolve())]
         if not found:
             raise Dropped("file missing")
         if files.setdefault(found[0].name, found[0]) != found[0]:
@@ -113,10 +113,12 @@ def read_mat(file: Path, folder: Path) -> tuple[list[Task], Counter]:
             if not isinstance(record, dict):
                 raise Dropped("no record")
             task = pair_of(record, folder)
+            if CONTROL.search(task.id):
+                raise Dropped("unprintable id")
             if (key := tuple(re.findall(r"\w+", clean(task.question)))) in seen:
                 raise Dropped("duplicate")
-        except Dropped as reason:
-            dropped[str(reason)] += 1
+        except (Dropped, UserError, OSError, AttributeError, TypeError, ValueError) as reason:
+            dropped[str(reason) if isinstance(reason, Dropped) else "malformed"] += 1
             continue
         seen.add(key)
         name = task.id or f"mat-{number}"
@@ -160,7 +162,7 @@ def make_training_file(args) -> None:
         raise UserError("--remove-overlap needs --gaia-dir")
     first = next((record for _, record in read_rows(args.data)), None)
     if args.data.suffix == ".jsonl" and isinstance(first, dict) and {"id", "question", "answer"} <= first.keys():
-        tasks, dropped, n = read_jsonl(args.data), Counter(), args.n or 0
+        tasks, dropped, n = read_jsonl(args.data, allow_outside=True), Counter(), args.n or 0
     else:
         tasks, dropped = read_mat(args.data, args.files or args.data.parent)
         n = MAT_PAIRS if args.n is None else args.n

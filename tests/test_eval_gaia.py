@@ -1,12 +1,16 @@
 """eval_gaia.py: figures checked by hand; evaluations with the built-in model, killed, resumed, compared, refused."""
+import io
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +18,8 @@ import pytest
 
 import eval_gaia
 from chat_server import Server
-from eval_gaia import (Evaluation, announce, category_of, choose_tasks, chunks, compare, main, parse_args, read_records,
-                       record_of, summary, vote)
+from eval_gaia import (Evaluation, announce, ask_llm, batches, category_of, choose_tasks, compare, main, parse_args,
+                       read_records, record_of, summary, vote)
 from gaia_folder import export_gaia
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
 from reward import Judge
@@ -92,13 +96,15 @@ def test_the_llm_judges_every_answer_beside_the_other_judges():
     answers = ["Charles Darwin", "Newton", "Darwin", None]
     with Server(lambda said: "VERDICT: " + ("IN" * ("Newton" in said[1]["content"])) + "CORRECT") as server:
         judge = Judge(server.url, "m")
-        found = [record_of(task, trajectory(answer=a), [], judge) for a in answers]
-        assert record_of(task, trajectory("error", "Darwin"), [], judge)["llm"] is None and len(server.requests) == 3
+        found = [record_of(task, t, []) for t in [*(trajectory(answer=a) for a in answers),
+                                                  trajectory("error", "Darwin")]]
+        assert [r["llm"] for r in found] == [None] * 5
+        ask_llm(judge, found)
+        assert found.pop()["llm"] is None and len(server.requests) == 3
     assert [r["llm"] for r in found] == [True, False, True, None]
-    assert [r["heuristic"] for r in found] == ["right", "wrong", "unsure", "wrong"]
+    assert [r["heuristic"] for r in found] == ["right", "unsure", "unsure", "wrong"]
     assert [r["official"] for r in found] == [True, False, False, False]
     assert [r["category"] for r in found] == ["right", "wrong", "format_only", "no_code"]
-    assert record_of(task, trajectory(answer="Darwin"), [], Judge())["llm"] is None
 
 
 def test_samples_are_means_over_questions_and_never_mixed_up():
@@ -138,6 +144,7 @@ WAYS = {
     "step_limit": (trajectory("turn_limit", steps=[OK]), calls("ok", "ok", "ok"), False, False),
     "no_answer": (trajectory("", steps=[OK]), [], False, False),
     "context_limit": (trajectory("context_limit", steps=[OK]), [], False, False),
+    "length": (trajectory("length", steps=[OK, (None, "", "")]), [], False, False),
     "timeout": (trajectory("turn_limit", steps=[("x", "", "timeout")]), [], False, False)}
 
 
@@ -146,11 +153,19 @@ def test_what_became_of_a_trajectory(category):
     assert category_of(*WAYS[category]) == category
 
 
-def test_chunks_never_hold_a_question_twice():
+@pytest.mark.parametrize("stop", ["length", "context_limit"])
+def test_a_limit_that_came_before_any_code_is_no_missing_code(stop):
+    for steps in ([], [(None, "", "")], [(None, "", ""), (None, "", "")]):
+        assert category_of(trajectory(stop, steps=steps), [], False, False) == stop
+    assert category_of(trajectory(stop, steps=[BAD, (None, "", "")]), calls("blocked"), False, False) == "blocked"
+    assert category_of(trajectory("turn_limit", steps=[(None, "", "")] * 6), [], False, False) == "no_code"
+
+
+def test_batches_never_hold_a_question_twice():
     tasks = [Task(str(i), f"question {i % 4}", "") for i in range(8)]
-    made = list(chunks([(s, t) for s in (0, 1) for t in tasks], 3))
+    made = list(batches([(s, t) for s in (0, 1) for t in tasks]))
     assert sorted((s, t.id) for s, part in made for t in part) == sorted((s, t.id) for s in (0, 1) for t in tasks)
-    assert all(len({t.question for t in part}) == len(part) <= 3 for _, part in made)
+    assert [len(part) for _, part in made] == [4] * 4 and all(len({t.question for t in part}) == 4 for _, part in made)
 
 
 def test_compare_by_hand(tmp_path):
@@ -180,7 +195,8 @@ def test_the_preflight_counts_web_calls(tmp_path, monkeypatch, capsys):
     for spec, wanted in [("record", "about 36 if every turn makes one (6 trajectories of 6 turns)"),
                          ("replay", "none")]:
         web = open_web(spec)
-        announce(Evaluation(parse_args(["--gaia-dir", "GAIA", "--samples", "2"]), tasks, SimpleNamespace(name="m"),
+        args = parse_args(["--gaia-dir", "GAIA", "--samples", "2", "--no-preflight"])
+        announce(Evaluation(args, tasks, SimpleNamespace(name="m"),
                             load_tools("web", web), [], web, None, Sampling(max_turns=6)), "none")
         out = capsys.readouterr().out
         assert f"  web calls: {wanted}\n" in out
@@ -210,8 +226,9 @@ def gaia(folder, n=12):
 
 
 def test_killed_in_the_middle_and_resumed(here):
-    """kill -9 once the first records are written: the same command does the rest, and nothing twice."""
-    tasks = gaia(here / "GAIA", 90)
+    """kill -9 once the first record is written, while others are sampled: the same command does the rest, nothing
+    twice."""
+    tasks = gaia(here / "GAIA", 60)
     command = [sys.executable, ROOT / "eval_gaia.py", "--model", "tiny", "--gaia-dir", "GAIA", "--out", "ev",
                "--export"]
     file = here / "ev" / "trajectories.jsonl"
@@ -223,19 +240,19 @@ def test_killed_in_the_middle_and_resumed(here):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = read_records(file)
-    assert 0 < len(before) < 90 and not (here / "ev" / "results.json").exists()
+    assert 0 < len(before) < 60 and not (here / "ev" / "results.json").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"resumed ev: {len(before)} of 90 are done" in done.stdout and "sandbox" in done.stdout
+    assert f"resumed ev: {len(before)} of 60 are done" in done.stdout and "sandbox" in done.stdout
     after, result = read_records(file), json.loads((here / "ev" / "results.json").read_text())
     assert after[:len(before)] == before and Counter(r["task_id"] for r in after) == {t.id: 1 for t in tasks}
-    assert result["n"] == 90 and result["accuracy"] == sum(r["official"] for r in after) / 90
+    assert result["n"] == 60 and result["accuracy"] == sum(r["official"] for r in after) / 60
     assert {k: v["n"] for k, v in result["levels"].items()} == Counter(t.level for t in tasks)
     assert result["accuracy"] > 0.05
     assert any(r["official"] for r in after if r["attachment"] == ".csv")              # it can read files
     assert "this is not the whole validation split" in done.stdout
     lines = [json.loads(x) for x in (here / "ev" / "submission.jsonl").read_text().splitlines()]
-    assert len(lines) == 90 and set(lines[0]) == {"task_id", "model_answer", "reasoning_trace"}
+    assert len(lines) == 60 and set(lines[0]) == {"task_id", "model_answer", "reasoning_trace"}
     saved = next(r for r in after if r["tool_calls"])["trajectory"]
     assert len(saved["ids"]) == len(saved["mask"]) and saved["steps"][0]["code"]
 
@@ -285,17 +302,81 @@ def test_the_settings_of_training_are_used_for_its_checkpoint(here, capsys):
     assert main(["--ckpt", "out", "--limit", "2", "--out", "foreign"]) == 0
 
 
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 100 kB: writes fail as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_does_the_rest(here, capsys, small_disk):
+    command = ["--limit", "40", "--out", "ev"]
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: cannot go on ([Errno 27]") and "the same command does the rest" in error
+    small_disk()
+    before = read_records(here / "ev" / "trajectories.jsonl")
+    assert 0 < len(before) < 40 and main(command) == 0
+    assert f"{len(before)} of 40 are done" in capsys.readouterr().out
+    after = read_records(here / "ev" / "trajectories.jsonl")
+    assert after[:len(before)] == before and len({r["task_id"] for r in after}) == len(after) == 40
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(here, capsys):
+    (here / "file").write_text("")
+    for out in ("file", "file/ev", "/proc/ev", "x" * 5000):
+        assert main(["--limit", "1", "--out", out]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: cannot go on") and "mend the folder" in error
+
+
+def test_the_bar_says_how_many_are_right(here, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(eval_gaia, "tqdm", partial(eval_gaia.tqdm, file=shown, mininterval=0))
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    assert main(["--limit", "8", "--out", "ev"]) == 0
+    right = sum(r["official"] for r in read_records(here / "ev" / "trajectories.jsonl"))
+    assert re.findall(r"right=(\d+)", shown.getvalue())[-1] == str(right)
+
+
+def test_gaia_without_its_attachments_serves_the_questions_that_need_none(here, capsys):
+    tasks = gaia(here / "GAIA")
+    files = [file for task in tasks for file in task.files.values()]
+    for file in files:
+        file.unlink()
+    assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 2
+    error = capsys.readouterr().err
+    assert f"{len(files)} attachments of these questions are missing" in error and "hf download" in error
+    assert "--text-only" in error
+    for flags in (["--text-only", "--limit", "2"], ["--ids", next(task.id for task in tasks if not task.files)]):
+        assert main(["--gaia-dir", "GAIA", "--out", "ev", *flags]) == 0
+        assert f"{len(files)} attachments of other questions are missing" in capsys.readouterr().out
+
+
+def test_a_program_that_came_with_a_checkpoint_is_not_run(here, capsys):
+    (here / "got").mkdir()
+    code = "from tools import tool\n@tool\ndef extra(x: str) -> str:\n    'Do.'\n    return x\nopen('ran', 'w')\n"
+    (here / "got" / "mine.py").write_text(code)
+    stored = {"config": {"model": "tiny", "difficulty": 0}, "model": "tiny", "quantize": "none", "sampling": None}
+    (here / "got" / "run.json").write_text(json.dumps(stored | {"tools": "got/mine.py"}))
+    assert main(["--ckpt", "got", "--out", "ev"]) == 2 and not (here / "ran").exists()
+    assert "run.json: it would run got/mine.py, which came with it" in capsys.readouterr().err
+
+
 def test_host_failures_are_retried_and_never_written(here, monkeypatch, capsys):
     """The host fails twice for one question, always for another: the first gets its answer, the second is missing."""
     real, seen = eval_gaia.rollout, Counter()
 
-    def failing(policy, tasks, *args, **kwargs):
-        groups = real(policy, tasks, *args, **kwargs)
-        for i, task in enumerate(tasks):
-            seen[task.id] += 1
-            if task.id == ids[0] and seen[task.id] <= 2 or task.id == ids[1]:
-                groups[i][0] = replace(groups[i][0], stop_reason="error", answer=task.answer, error="the host")
-        return groups
+    def failing(*args):
+        def ended(t):
+            seen[t.task_id] += 1
+            if t.task_id == ids[0] and seen[t.task_id] <= 2 or t.task_id == ids[1]:
+                t = replace(t, stop_reason="error", answer="1", error="the host")
+            on_end(t)
+        *args, on_end = args
+        real(*args, ended)
     ids = [t.id for t in gaia(here / "GAIA", 4)]
     monkeypatch.setattr(eval_gaia, "rollout", failing)
     assert main(["--gaia-dir", "GAIA", "--out", "ev"]) == 0
@@ -327,7 +408,7 @@ def test_without_access_to_gaia_the_message_says_how_to_get_it(here, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
     assert main(["--gaia-dir", "hub", "--out", "ev"]) == 2
-    assert "ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
+    assert "Ask for access at https://huggingface.co/datasets/gaia-benchmark/GAIA" in capsys.readouterr().err
 
 
 def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
@@ -350,7 +431,7 @@ def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
     (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"),
     (["--tools", "none.py"], "no such file"),
     (["--model", "no/such/model"], "unknown model"), (["--compare", "a", "b"], "holds no evaluation"),
-    (["--compare", "run", "run"], "not a file of eval_gaia.py"),
+    (["--compare", "run", "run"], "--compare takes folders of eval_gaia.py"),
     (["--tools", "search.py"], "two tools are called search"), (["--out", "full"], "not empty")])
 def test_bad_input_is_one_line(here, capsys, arguments, complaint):
     (here / "empty").mkdir()

@@ -20,7 +20,7 @@ from executor import Executor, Limits, SandboxError, CellResult
 from machinery.cli import UserError
 from tools import ToolError
 
-LIMITS = Limits(8.0, 0.8, memory_mb=256, output_chars=2000, tool_calls=5, disk_mb=16, processes=24)
+LIMITS = Limits(30.0, 3.0, memory_mb=256, output_chars=2000, tool_calls=5, disk_mb=16, processes=24)
 
 
 @pytest.fixture(scope="module", params=["bwrap", "none"])
@@ -109,6 +109,9 @@ def test_a_lost_cell_loses_variables_and_keeps_files(executor, end, status):
         assert session.execute("open('untouched').read(), os.getcwd() == os.environ['HOME']").value == "('given', True)"
 
 
+STATUSES = ("ok", "error", "timeout", "killed", "crashed")
+
+
 def ways_to_die():
     """(name, code): every signal, exit codes, descriptors, limits, and what a restart may stumble on."""
     for number in range(1, 65):
@@ -138,13 +141,13 @@ def test_what_code_does_is_never_a_host_failure(executor):
     """A model that could end in SessionLost could leave its reward, and with it a wrong answer given before."""
     for name, code in ways_to_die():
         with executor.session({"same": lambda value: value}) as session:
-            result = session.execute(f"import os; final_answer('wrong\\ud800')\n{code}", 0.5)
-            assert result.answer == "wrong?" and result.status in ("ok", "error", "timeout", "killed", "crashed"), name
+            result = session.execute(f"import os; final_answer('wrong\\ud800')\n{code}", 1.0)
+            assert result.answer == "wrong?" and result.status in STATUSES, name
             (result.observation() + result.answer).encode()                 # nothing that a file could not hold
-            result = session.execute("1 + 1", 3.0)
+            result = session.execute("1 + 1")
             if result.status != "ok":                                       # its limits, its pending signals
                 session.execute("import os; os._exit(0)")
-                result = session.execute("1 + 1", 3.0)
+                result = session.execute("1 + 1")
             assert result.value == "2" or name.startswith("directory"), (name, result)
     with pytest.raises(module.SessionLost):
         session.execute("1")
@@ -274,18 +277,18 @@ def test_tools(executor):
 def test_tools_know_the_time_left(executor):
     left = []
     with executor.session({"look": lambda: left.append(session.seconds_left())}) as session:
-        session.execute("look(); import time; time.sleep(0.3); look()", 5.0)
-        assert 4.0 < left[0] <= 5.0 and 0.25 < left[0] - left[1] < 2.0
+        session.execute("look(); import time; time.sleep(0.3); look()", 10.0)
+        assert 7.0 < left[0] <= 10.0 and 0.25 < left[0] - left[1] < 5.0
         start = time.monotonic()
         assert session.execute("import time; time.sleep(60)", 0.2).status == "timeout"
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 0.2 + LIMITS.grace
 
 
 def test_clock_starts_with_the_slot_and_tools_hold_none():
     released = threading.Event()
     with Executor("bwrap", LIMITS, max_running=1) as executor, ThreadPoolExecutor(8) as pool:
         sessions = [executor.session({"wait": lambda: released.wait(5) and 1}) for _ in range(8)]
-        results = list(pool.map(lambda s: s.execute("import time; time.sleep(0.3)", 1.0), sessions))
+        results = list(pool.map(lambda s: s.execute("import time; time.sleep(0.5)", 3.0), sessions))
         assert [r.status for r in results] == ["ok"] * 8
         waiting = pool.submit(sessions[0].execute, "wait()")
         assert sessions[1].execute("1 + 1").value == "2"            # while the tool of another session is at work
@@ -349,6 +352,22 @@ def test_none_keeps_the_trainers_memory_and_environment_closed(monkeypatch):
         many = "import os, time\nfor i in range(100): os.fork() or time.sleep(60)\ntime.sleep(60)"
         result = session.execute(many)
         assert result.status == "killed" and "it had too m" in result.error  # many processes, or much memory
+
+
+def test_an_interpreter_below_tmp_is_visible(tmp_path):
+    """The session's own /tmp would hide a virtual environment there."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    site, = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "found_late.py").write_text("v = 5")
+    script = f"""
+    import sys; sys.path.insert(0, {str(Path(module.__file__).parent)!r})
+    from executor import Executor
+    with Executor("bwrap") as executor, executor.session() as session:
+        print(session.execute("import found_late; found_late.v").observation())
+        print(session.execute("open(found_late.__file__, 'w')").observation())"""
+    done = subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", textwrap.dedent(script)], text=True,
+                          capture_output=True, timeout=60)
+    assert done.stdout.startswith("5\n") and "Read-only" in done.stdout, done
 
 
 def test_bwrap_missing_is_said_loudly(monkeypatch, capsys):
@@ -421,9 +440,13 @@ def test_a_dead_zygote_is_replaced():
 
 
 @pytest.mark.slow
-def test_soak():
-    """5,000 sessions x 5 cells from 8 threads, 5 % of the cells hostile. Prints its figures: run with -s."""
-    hostile = ["import os; os._exit(1)", "while True: pass", "import os\nwhile True: os.fork()",
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+def test_soak(sandbox):
+    """1,000 sessions x 5 cells from 8 threads, 10 % of the cells hostile. Prints its figures: run with -s."""
+    bomb = ("import os, time\nuntil = time.time() + 20\nfor i in range(5): os.fork()\n"       # 32 lines
+            "while time.time() < until:\n if os.fork(): os._exit(0)\nos._exit(0)")
+    hostile = ["import os; os._exit(1)", "while True: pass", bomb, f"import os\nif os.fork() == 0:\n exec({bomb!r})",
+               "import os; os.kill(os.getpid(), 40)", "import mmap; mmap.mmap(-1, 1 << 28)",
                "sum(range(10 ** 12))", "print('x' * 10_000_000)", "import os; os.closerange(3, 256)",
                "raise SystemExit", "z = [0] * 10 ** 10",
                "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)"]
@@ -432,34 +455,39 @@ def test_soak():
         rng, count = random.Random(number), 0
         with executor.session({"same": lambda v: v}, {"n.txt": str(number).encode()}) as session:
             for cell in range(5):
-                if rng.random() < 0.05:
-                    session.execute(rng.choice(hostile), 0.2)
+                if rng.random() < 0.1:
+                    assert session.execute(rng.choice(hostile), 0.2).status in STATUSES
                     count += 1
                 else:
-                    result = session.execute("k = same(int(open('n.txt').read())); k", 10.0)
+                    result = session.execute("k = same(int(open('n.txt').read())); k")
                     assert result.value == str(number), (number, cell, result)
         return count
 
     def resident(pid):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
-    limits = Limits(seconds=10.0, grace=1.0, memory_mb=256, disk_mb=16, processes=24)
-    with Executor("bwrap", limits) as executor, ThreadPoolExecutor(8) as pool:
-        list(pool.map(trajectory, range(200)))                  # warm
-        while len(tree(executor.zygote.process.pid)) > 1:
+    limits = Limits(seconds=60.0, grace=1.0, memory_mb=256, disk_mb=16, processes=24)
+    with Executor(sandbox, limits) as executor, ThreadPoolExecutor(8) as pool:
+        list(pool.map(trajectory, range(100)))                  # warm
+        zygote = executor.zygote.process.pid
+        resting = 1 if sandbox == "bwrap" else 0
+        while len(tree(zygote)) > resting:
             time.sleep(0.1)
-        inside, = tree(executor.zygote.process.pid)
+        inside, = tree(zygote) or {zygote}
+        mounts = len(Path("/proc/self/mounts").read_text().splitlines())
         before = len(os.listdir("/proc/self/fd")), resident(os.getpid()), resident(inside)
         start = time.monotonic()
-        count = sum(pool.map(trajectory, range(5000)))
+        count = sum(pool.map(trajectory, range(1000)))
         seconds = time.monotonic() - start
         until = time.monotonic() + 30
-        while len(tree(executor.zygote.process.pid)) > 1 and time.monotonic() < until:
+        while len(tree(zygote)) > resting and time.monotonic() < until:
             time.sleep(0.1)
         after = len(os.listdir("/proc/self/fd")), resident(os.getpid()), resident(inside)
-        left = len(tree(executor.zygote.process.pid)) - 1
-        print(f"\nsoak: 25,000 cells ({count} hostile) in {seconds:.0f} s; {left} processes left;",
+        left = (len(tree(zygote)) - resting, len(Path("/proc/self/mounts").read_text().splitlines()) - mounts,
+                len(os.listdir(executor.base)) if executor.base else 0)
+        print(f"\nsoak, {sandbox}: 5,000 cells ({count} hostile) in {seconds:.0f} s;",
+              "{} processes, {} mounts, {} directories left;".format(*left),
               "descriptors {}, host {:.1f} MB, zygote {:.1f} MB;".format(*before),
               "descriptors {}, host {:.1f} MB, zygote {:.1f} MB".format(*after))
-        assert left == 0 and after[0] == before[0]
+        assert left == (0, 0, 0) and after[0] == before[0]
         assert after[1] < before[1] + 30 and after[2] < before[2] + 5

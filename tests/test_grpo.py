@@ -4,7 +4,7 @@ Traps of DESIGN.md section 4 that are guarded here: 1, 5, 6, 7, 8 (with test_pol
 """
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -67,6 +67,19 @@ def test_failures_of_the_judge_take_no_part_and_failures_of_the_model_do():  # t
     assert with_failure == [judged[0], None, judged[1], judged[2]] and judged[0] == pytest.approx(2 / 3)
 
 
+def test_the_settings_where_nothing_is_said():
+    settings = {f.name: f for f in fields(GRPOConfig)}
+    assert {name: f.default for name, f in settings.items()} == {
+        "loss": "dapo", "beta": 1e-3, "epochs": 1, "minibatches": 1, "token_budget": 8192, "eps_low": None,
+        "eps_high": None, "dual_clip": 3.0, "truncation": 2.0, "std_floor": 0.1, "max_grad_norm": 1.0}
+    assert [name for name, f in settings.items() if f.metadata["zero"]] == ["beta"]    # all others are more than 0
+    assert [name for name, f in settings.items() if f.metadata["flag"]] == [
+        "loss", "beta", "epochs", "minibatches", "token_budget"]
+    assert {name: GRPOConfig(loss=name).clip for name in LOSSES} == {
+        "dapo": (0.2, 0.28), "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2)}
+    assert GRPOConfig(eps_low=0.1, eps_high=0.5).clip == (0.1, 0.5)
+
+
 def test_an_unknown_loss_is_refused():  # trap 11: it would silently be another one
     with pytest.raises(UserError, match="ppo.*dapo, grpo, dr_grpo"):
         GRPOConfig(loss="ppo")
@@ -96,6 +109,21 @@ def test_the_loss_by_hand():
     )
     assert loss.item() == pytest.approx((-1.28 - 0.5 + 3 + 2 + 0.5) / 5)
     assert stats["clipped"] == 2 and stats["off_policy"] == 2 and stats["kl"] == 0
+
+
+def test_the_edges_of_the_loss_by_hand():
+    """One token each: l - l_old is cut at 20 and at -20; what counts as clipped."""
+    def one(log_ratio, A, **settings):
+        zero = torch.zeros(1, 1)
+        cfg = GRPOConfig(beta=0.0, **settings)
+        loss, stats = grpo_loss(zero + log_ratio, zero, zero, None, zero + A, zero == 0, cfg, zero + 1)
+        return loss.item(), int(stats["clipped"])
+    assert one(-25.0, 1.0) == (pytest.approx(-math.exp(-20)), 0)
+    assert one(25.0, -1.0, dual_clip=1e12) == (pytest.approx(math.exp(20), rel=1e-5), 0)
+    assert one(math.log(2), -1.0) == (pytest.approx(2), 0)             # between the clip and the dual clip
+    assert one(math.log(0.5), -1.0) == (pytest.approx(0.8), 1)
+    assert one(math.log(1.5), 1.0) == (pytest.approx(-1.28), 1)
+    assert one(math.log(4), 0.0) == one(math.log(0.1), 0.0) == (0, 0)
 
 
 def test_the_kl_by_hand():
@@ -365,6 +393,26 @@ def test_the_update_equals_the_equations_on_one_padded_batch(folders):
         assert stats.tokens == mask.sum()
         for a, p in zip(grads, reference.trainable(), strict=True):
             torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-5 * stats.grad_norm)
+
+
+def test_what_an_update_takes_where_nothing_is_said(folders):
+    cfg = GRPOConfig(loss="dr_grpo", minibatches=3)
+    silent, said, other = (run_update(folders[True], cfg, **options)[2] for options in (
+        {}, {"temperature": 1.0, "token_limit": 1024, "seed": 0, "fresh": [True] * 12, "plain": False}, {"seed": 1}))
+    assert all(torch.equal(a, b) for a, b in zip(silent, said, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(silent, other, strict=True))
+
+
+def test_micro_batches_by_hand():
+    sequences = [[0] * n for n in (2, 5, 3, 2)]
+    assert grpo.pack_padded(sequences, 10) == [[1, 2], [0, 3]]          # 2 rows of 5, then 2 of 2
+    assert grpo.pack_padded(sequences, 9) == [[1], [2, 0, 3]]           # 3 rows of 3
+    assert grpo.pack_padded(sequences, 1) == [[1], [2], [0], [3]] and grpo.pack_padded([], 10) == []
+    rows = torch.arange(5)[:, None]
+    whole = grpo.MicroBatch([0, 1, 2, 3, 4], rows, rows, rows, rows)
+    assert [half.rows for half in whole.halves()] == [[0, 1, 2], [3, 4]]
+    assert [half.rows for half in whole.halves()[1].halves()] == [[3], [4]]
+    assert [half.ids.tolist() for half in whole.halves()[1].halves()[0].halves()] == [[[3]]]
 
 
 def test_one_thread_is_bit_equal(folders):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = ["train.py", "grpo.py", "queue.py", "reward.py", "rollout.py", "tools.py"]
-TOP_LEVEL = {*METHOD, "executor.py", "policy.py", "tasks.py", "eval_gaia.py", "ask.py"}
+TOP_LEVEL = {*METHOD, "executor.py", "policy.py", "tasks.py", "eval_gaia.py", "ask.py", "report.py"}
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("machinery/*.py"), *ROOT.glob("scripts/*.py")])
 CODE = {"NAME", "NUMBER", "STRING", "OP", "FSTRING_START"}
 
@@ -45,7 +45,7 @@ def test_the_method_is_small_and_its_lines_are_plain():
 
 def test_everything_together_has_a_bound():
     """6,454 lines in the first round, with 12.0 tokens per code line; plainer lines of the method are more lines."""
-    assert sum(file.read_text().count("\n") for file in FILES) <= 7_650
+    assert sum(file.read_text().count("\n") for file in FILES) <= 9_450
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

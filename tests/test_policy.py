@@ -1,13 +1,14 @@
 """policy.py: names, loading, the adapter on disk, NF4 on the CPU, presets and the memory plan."""
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
@@ -121,6 +122,32 @@ def test_a_broken_adapter_is_one_clear_line(folder, tmp_path, spoil):
     assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_is_loaded_on_its_own_base_alone(folder, tmp_path):
+    """Bases of one shape and name: they are told apart by their weights, whatever dtype they are loaded in."""
+    ours, other = tmp_path / "ours" / "m", tmp_path / "other" / "m"
+    for copy in (ours, other):
+        shutil.copytree(folder, copy)
+    weights = load_file(other / "model.safetensors")
+    [middle] = [name for name in weights if "layers.1.mlp.down_proj" in name]
+    weights[middle] += 0.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    policy = load_policy(str(ours))
+    kinds = {load_policy(str(ours), quantize=q, dtype=d).base_weights
+             for q, d in (("nf4", None), ("none", torch.bfloat16), ("none", torch.float64))}
+    assert kinds == {policy.base_weights} != {load_policy(str(other)).base_weights}
+    save_adapter(policy, tmp_path / "out")
+    load_policy(str(other), adapter=tmp_path / "out")          # nothing but the name is known, and that is the same
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"base_weights": policy.base_weights}))
+    with pytest.raises(UserError, match="was trained on .*/ours/m, and .*/other/m differs in its weights"):
+        load_policy(str(other), adapter=tmp_path / "out")
+    load_policy(str(other), adapter=tmp_path / "out", any_base=True)
+    ours.rename(tmp_path / "moved")
+    load_policy(str(tmp_path / "moved"), adapter=tmp_path / "out")          # the same weights under another name
+    (tmp_path / "out" / "run.json").unlink()
+    with pytest.raises(UserError, match="/moved differs in its name"):
+        load_policy(str(tmp_path / "moved"), adapter=tmp_path / "out")
+
+
 def test_names(folder, monkeypatch):
     assert resolve_model("Qwen2.5-7B") == "Qwen/Qwen2.5-7B-Instruct" == resolve_model("Qwen2.5-7B-Instruct")
     assert resolve_model("Qwen3-8B") == "Qwen/Qwen3-8B"
@@ -175,16 +202,16 @@ def test_cudnn_computes_no_attention(folder):
 def test_a_folder_without_weights_or_with_pickled_ones(folder, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_policy(str(tmp_path))
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_policy(str(tmp_path))
 
 
 def test_other_shapes_and_unknown_quantisation_are_refused(folder, tmp_path):
     GPT2Config(n_embd=64, n_layer=1, n_head=2).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_policy(str(tmp_path))
     with pytest.raises(UserError, match="int8"):
         load_policy(str(folder), quantize="int8")
@@ -244,8 +271,9 @@ def test_parameter_counts_are_the_models_own(tmp_path):
         assert sum(parameter_counts(model.config)) == matrices
 
 
-def test_small_models_get_the_tiny_preset(folder):
+def test_presets_by_size(folder):
     assert load_policy(str(folder)).preset.prompt == "short"
+    assert preset_for(135_000_000).settings["lr"] == 3e-4 and preset_for(490_000_000).settings == {"lr": 5e-5}
     assert preset_for(7_600_000_000).settings["lr"] == 1e-5 and preset_for(7_600_000_000).prompt == "full"
 
 

@@ -8,6 +8,12 @@ from pathlib import Path
 from queue import SampleQueue
 
 import pytest
+from safetensors.torch import load_file
+
+import train
+from grpo import Group
+from machinery import checkpoint
+from scripts import study_queue
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +46,8 @@ def test_priority_by_hand():
     assert queue.priority(entry, step=4) == pytest.approx(0.4 / 2 / 2)
     entry.uses = 3
     assert queue.priority(entry, step=8) == pytest.approx(0.4 / 4 / 4)
+    younger = filled([0.4], step=4, half_life=4.0).entries[0]
+    assert queue.priority(younger, step=8) == pytest.approx(0.4 / 2 / 2)    # 4 steps old, one use
 
 
 def test_evicts_the_lowest_priority_and_on_a_tie_the_oldest():
@@ -91,6 +99,27 @@ def test_drops_old_used_up_and_off_policy():
     assert queue.stats(3)["queue_off_policy"] == 1
 
 
+def test_stats_by_hand():
+    queue = filled([0.5, 0.5], step=0)
+    queue.admit("later", 0.5, any_right=True, step=3)
+    queue.entries[0].uses = 4
+    counts = {"queue_admitted": 3, "queue_evicted": 0, "queue_too_old": 0, "queue_used_up": 0, "queue_off_policy": 0}
+    assert queue.stats(5) == {"queue_size": 3, "queue_age": (5 + 5 + 2) / 3, "queue_uses": (4 + 1 + 1) / 3, **counts}
+    nothing = {"queue_size": 0, "queue_age": 0, "queue_uses": 0, **counts, "queue_admitted": 0}
+    assert make_queue().stats(5) == nothing
+    assert filled([0.5], step=0).stats(5)["queue_age"] == 5
+
+
+def test_a_group_at_a_bound_stays():
+    queue = filled([0.5], step=1, max_age=2, max_uses=2, capacity=1)
+    queue.draw(0, step=3, rng=random.Random(0))                    # age 2
+    queue.report_off_policy(queue.entries[0], 0.3)
+    assert len(queue) == 1
+    queue.draw(0, step=4, rng=random.Random(0))
+    assert len(queue) == 0 and queue.counts["too_old"] == 1
+    assert queue.draw(-1, step=4, rng=random.Random(0)) == []      # no place is free
+
+
 def test_state_continues_where_it_was():
     one = filled([0.5, 0.4, 0.3], max_uses=9)
     one.draw(2, 0, random.Random(1))
@@ -98,6 +127,87 @@ def test_state_continues_where_it_was():
     two.load_state_dict(one.state_dict())
     draws = [[e.order for e in q.draw(2, 1, random.Random(7))] for q in (one, two)]
     assert draws[0] == draws[1] and one.stats(1) == two.stats(1)
+
+
+# -------------------------------------------------------------- few groups online, the rest of the batch replayed
+def test_positive_replay_by_hand():
+    """Better than the mean of their group: not equal to it, not worse, not unjudged; advantages as they were."""
+    kept = Group("task", ["a", "b", "c", "d", "e"], 7, [], [0.5, -1.25, None, 0.0, 0.75], std=0.4).positive()
+    assert kept.batch() == [("a", 0.5), ("e", 0.75)]
+    assert (kept.task, kept.step, kept.std) == ("task", 7, 0.4)
+
+
+FEW_ONLINE = ["--groups", 5, "--online-groups", 2, "--group-size", 4, "--resample", 0, "--max-uses", 3,
+              "--eval-tasks", 1, "--replay", "positive", "--epochs", 2, "--temperature", 1.3, "--deterministic"]
+
+
+def run_training(out, steps, *arguments):
+    assert train.main([*map(str, ["--out", out, "--steps", steps, *arguments])]) == 0
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_batch_of_few_online_groups(tmp_path, monkeypatch):
+    """What each update is given: the groups sampled in its step, whole; and of older ones, from the queue, the positive
+    trajectories alone, with the log-probs of their sampling, which are l_behaviour of the importance weight."""
+    sampled, updates = {}, []
+
+    def spy_sample(run, n, again=0):
+        groups = sample(run, n, again)
+        sampled.update({id(t): (run.step, list(t.logps)) for group in groups for t in group.trajectories})
+        kept_alive.append(groups)
+        return groups
+
+    def spy_update(policy, optimizer, batch, *rest):
+        updates.append(list(batch))
+        return update(policy, optimizer, batch, *rest)
+    kept_alive, sample, update = [], train.sample, train.grpo_update
+    monkeypatch.setattr(train, "sample", spy_sample)
+    monkeypatch.setattr(train, "grpo_update", spy_update)
+    rows = run_training(tmp_path / "out", 5, *FEW_ONLINE)
+    assert [row["online_trajectories"] for row in rows] == [0, 8, 16, 24, 32, 40]        # 2 groups of 4 a step
+    replayed_in_all = 0
+    for step, batch in enumerate(updates, 1):
+        fresh = [(t, a) for t, a in batch if sampled[id(t)][0] == step]
+        replayed = [(t, a) for t, a in batch if sampled[id(t)][0] < step]
+        groups = len({(t.task_id, t.seed) for t, _ in replayed})
+        assert len(fresh) % 4 == 0 and len(fresh) <= 8 and any(a < 0 for _, a in fresh) == bool(fresh)
+        assert groups == rows[step]["replayed"] <= 3 and all(a > 0 for _, a in replayed)
+        assert all(t.logps == sampled[id(t)][1] for t, _ in replayed)
+        replayed_in_all += len(replayed)
+    assert replayed_in_all > 0
+
+
+def test_resumed_with_few_online_groups_equals_uninterrupted(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_training(whole, 4, *FEW_ONLINE)
+    run_training(parts, 2, *FEW_ONLINE)
+    assert sum(row["replayed"] for row in run_training(parts, 4, "--resume") if row["step"] > 2) > 0
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "queue-0.safetensors"):
+        a, b = (load_file(checkpoint.latest_state(out) / name) for out in (whole, parts))
+        assert a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a), name
+
+
+def test_more_online_groups_than_groups_is_refused(capsys, tmp_path):
+    assert train.main(["--groups", "4", "--online-groups", "5", "--out", str(tmp_path / "out")]) == 2
+    assert "--groups 4 --online-groups 5" in capsys.readouterr().err
+
+
+def test_the_studys_measures_by_hand():
+    curve = [{"online": 0, "sampled": 0.1, "greedy": 0.0, "wall": 0.0}, {"online": 96, "sampled": 0.4, "wall": 8.0},
+             {"online": 192, "sampled": 0.6, "greedy": 0.8, "wall": 20.0}]
+    line = {"curve": curve}
+    assert study_queue.reached(line, "sampled", 0.5) == (pytest.approx(144), True)
+    assert study_queue.reached(line, "sampled", 0.5, "wall") == (pytest.approx(14), True)
+    assert study_queue.reached(line, "greedy", 0.7) == (pytest.approx(168), True)      # 0.7 / 0.8 of the way from 0
+    assert study_queue.reached(line, "sampled", 0.7) == (192, False)                   # never: the whole run counts
+    assert study_queue.at_the_end(line, "sampled") == pytest.approx(0.5)
+    slower = {"curve": [point | {"online": 2 * point["online"]} for point in curve]}
+
+    def to_half(x):
+        return study_queue.reached(x, "sampled", 0.5)[0]
+    assert study_queue.ratio({3: line, 4: line, 5: slower}, {3: slower, 4: slower, 6: line}, to_half) == "0.50, n 2"
+    three = study_queue.ratio({3: line, 4: line, 5: line}, {3: slower, 4: slower, 5: line}, to_half)
+    assert three == "0.63 [0.50, 1.00], n 3"                           # the cube root of 0.5 * 0.5 * 1
 
 
 # ------------------------------------------------------------------------- the name: two modules called queue

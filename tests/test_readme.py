@@ -9,13 +9,15 @@ import pytest
 
 import ask
 import eval_gaia
+import report
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "MEASUREMENTS.md", "CONTRIBUTING.md")}
 README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
-MADE = {"metrics.jsonl", "trajectories.jsonl", "run.json", "results.json", "settings.json", "submission.jsonl",
-        "adapter_model.safetensors", "adapter_config.json", "train.jsonl", "my_tools.py"}     # by a run, or by you
+MADE = {"metrics.jsonl", "trajectories.jsonl", "tokens.jsonl", "run.json", "results.json", "settings.json",
+        "submission.jsonl", "adapter_model.safetensors", "adapter_config.json",     # by a run
+        "train.jsonl", "my_tools.py"}                                               # by you
 
 
 def tree(file: str) -> ast.Module:
@@ -122,14 +124,15 @@ def test_every_command_names_a_script_and_flags_that_it_knows(monkeypatch, capsy
             known[module, *section] = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         assert set(flags) <= known[module, *section], f"{module}: {flags}"
     scripts = {f"scripts.{file.stem}" for file in ROOT.glob("scripts/*.py")} - {"scripts.__init__"}
-    assert {module for module, *_ in found} == {"train", "eval_gaia", "ask", *scripts}
+    scripts -= {"scripts.bench_step", "scripts.measure"}        # parts of bench
+    assert {module for module, *_ in found} == {"train", "eval_gaia", "ask", "report", *scripts}
 
 
 def test_every_flag_that_the_text_names_exists(monkeypatch, capsys):
     known = {"--security-opt", "--enable-lora"}                 # Docker's, vLLM's
-    scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench")]
-    benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
-    for module in (train, eval_gaia, ask, *scripts):
+    scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench", "warm_start")]
+    for module in (train, eval_gaia, ask, report, *scripts):
+        benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
         for section in benchmarks if module.__name__ == "scripts.bench" else ([],):
             monkeypatch.setattr("sys.argv", ["x", *section, "--help"])
             with pytest.raises(SystemExit):
@@ -156,7 +159,8 @@ def test_the_glossary_has_every_key_of_a_real_run(tmp_path):
                        "--temperature", "1.3", "--deterministic"]) == 0
     assert eval_gaia.main(["--ckpt", str(out), "--limit", "2", "--samples", "2", "--out", str(evaluation)]) == 0
     written = []
-    for file in (out / "metrics.jsonl", out / "trajectories.jsonl", evaluation / "trajectories.jsonl"):
+    logs = [out / name for name in ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl")]
+    for file in (*logs, evaluation / "trajectories.jsonl"):
         written += [json.loads(line) for line in file.read_text().splitlines()]
     written += [json.loads((evaluation / name).read_text()) for name in ("results.json", "settings.json")]
     run = json.loads((out / "run.json").read_text())

@@ -1,11 +1,14 @@
 """reward.py: the official scorer by a table, the heuristic by hand-labelled pairs, the LLM judge by real servers."""
+import itertools
 import json
+import math
 import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +22,7 @@ from machinery.api import base_reply, chat
 from machinery.cli import UserError
 from machinery.text import clean, harmless
 from machinery.web import Cache
-from reward import (LONGEST, SHOWN, Judge, Reward, compute_reward, compute_rewards, gaia_score, heuristic_judge,
+from reward import (LONGEST, Judge, Reward, compute_reward, compute_rewards, gaia_score, heuristic_judge,
                     verdict_in)
 
 HERE = Path(__file__).parent
@@ -101,26 +104,119 @@ def wilson(k, n, z=1.96):
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-@pytest.mark.parametrize("names", [("judge_pairs", "judge_pairs_fresh"), ("judge_pairs_unseen",)])
-def test_hard_pairs_by_hand(capsys, names):
-    """At most 1 % of the wrong answers called right. Unseen: labelled after the last change of the rules that moved
-    a verdict here, and kept out of mending them; move one and they are seen."""
+KEPT = ("judge_pairs", "judge_pairs_fresh", "judge_pairs_unseen")
+
+
+@pytest.mark.parametrize("names, right_called_right", [(KEPT, 119), (("judge_pairs_forms",), 25)])
+def test_hard_pairs_by_hand(capsys, names, right_called_right):
+    """judge_pairs_forms was labelled before the present rules were thought of; nobody agrees on its *open* pairs."""
     table = [pair for name in names for pair in pairs(f"{name}.jsonl")]
     assert len({(q, g, a) for _, q, g, a, _ in table}) == len(table)
     heuristic = Counter((label, heuristic_judge(q, g, a)) for _, q, g, a, label in table)
     official = Counter((label, gaia_score(a, g)) for _, q, g, a, label in table)
     wrong, right = sum(y == "wrong" for *_, y in table), sum(y == "right" for *_, y in table)
-    rows = [("heuristic", heuristic["wrong", "right"], heuristic["right", "wrong"]),
-            ("official", official["wrong", True], official["right", False])]
+    rows = [("heuristic", heuristic["wrong", "right"], heuristic["right", "right"], heuristic["right", "wrong"]),
+            ("official", official["wrong", True], official["right", True], official["right", False])]
     with capsys.disabled():
         print(f"\n{' and '.join(names)}: {wrong} wrong answers and {right} right ones; heuristic unsure on "
               f"{heuristic['wrong', 'unsure']} and {heuristic['right', 'unsure']}")
-        for name, accepts, rejects in rows:
+        for name, accepts, hits, rejects in rows:
             low, high = (100 * x for x in wilson(accepts, wrong))
-            print(f"  {name:<10} false accepts {accepts} ({100 * accepts / wrong:.1f} % [{low:.1f}, {high:.1f}])"
-                  f", false rejects {rejects} ({100 * rejects / right:.1f} %)")
-    assert heuristic["wrong", "right"] <= 0.01 * wrong
-    assert heuristic["right", "wrong"] <= 0.15 * right
+            print(f"  {name:<10} wrong called right {accepts} ({100 * accepts / wrong:.1f} % [{low:.1f}, {high:.1f}]), "
+                  f"right called right {hits} ({100 * hits / right:.1f} %), right called wrong {rejects} "
+                  f"({100 * rejects / right:.1f} %)")
+    assert heuristic["wrong", "right"] == heuristic["open", "right"] == 0
+    assert heuristic["right", "right"] >= right_called_right
+    assert heuristic["right", "wrong"] <= 0.05 * right
+
+
+FORMS = [    # gold, answer, verdict; the question asks for nothing but what stands before a colon
+    ("19", "nineteen", "right"), ("88", "eighty-eight", "right"), ("88", "eighty eight", "right"),
+    ("0", "zero", "right"), ("30", "thirty", "right"), ("30", "twenty ten", "unsure"), ("-7", "Minus seven", "right"),
+    ("200", "2 hundred", "right"), ("7", "+7", "right"), ("3000", "three thousand", "right"),
+    ("4000000", "4 Million", "right"), ("5000000000", "5 billion", "right"), ("6000000000000", "6 trillion", "right"),
+    ("6000", "6e3", "right"), ("6000", "6 x 10^3", "right"), ("600", "6 x 102", "unsure"),
+    ("12345", "12,345", "right"), ("100", "0,100", "unsure"), ("17", "17.", "right"), ("17", "18", "wrong"),
+    ("17", "-17", "wrong"), ("3.14", "3.149", "unsure"), ("3.14", "3.15", "wrong"), ("3.141", "3.142", "wrong"),
+    ("3 million", "3400000", "unsure"), ("3 million", "4000000", "wrong"), ("5", "500", "unsure"),
+    ("500", "5", "unsure"), ("5", "5000", "unsure"), ("5000", "5", "unsure"), ("5", "50", "wrong"),
+    ("5", "50000", "wrong"), ("50000", "5", "wrong"), ("5", "5000000", "unsure"), ("5", "500000000", "wrong"),
+    ("5", "5000000000", "unsure"), ("5000000", "5", "unsure"), ("5000000000", "5", "unsure"),
+    ("5", "50000000", "wrong"), ("5", "500000", "wrong"), ("5", "50000000000", "wrong"), ("50", "5", "wrong"),
+    ("500000000", "5", "wrong"), ("1 km", "1000 m", "right"), ("1 km", "2000 m", "wrong"), ("1 km", "1 kg", "unsure"),
+    ("1 km", "1", "unsure"), ("2 days", "48 hours", "right"), ("2 feet", "24 inches", "right"),
+    ("1 km", "1 KM", "unsure"), ("1 lb", "1 LBS", "unsure"), ("1 lb", "1 lbs", "right"), ("$5", "5 USD", "right"),
+    ("$5", "$5 USD", "unsure"), ("$-5", "-$5", "unsure"), ("How many metres: 5", "5 m", "right"),
+    ("How many metres: 5", "5 yards", "unsure"), ("How many metres: 5", "5 ft", "wrong"),
+    ("How many metres per second: 5", "5 m", "unsure"), ("In m: 5", "500 cm", "right"),
+    ("In km or m: 5", "5 m", "unsure"), ("In m, not in km: 5", "5 m", "unsure"),
+    ("In 5 minutes: 5", "5 min", "unsure"), ("How many more apples: 5", "5 apples", "right"),
+    ("How many apples and pears: 5", "5 apples", "unsure"), ("How many million apples: 5", "5 apples", "unsure"),
+    ("Which version: 1.10", "1.1", "unsure"), ("Which version: 1.10", "1.10", "right"), ("007", "7", "unsure"),
+    ("0.7", ".7", "right"), ("03/05/2020", "5 March 2020", "unsure"), ("03/05/2020", "5 June 2020", "wrong"),
+    ("13/05/2020", "13 May 2020", "right"), ("May 2020", "5 May 2020", "unsure"), ("May 2020", "Jun 2020", "wrong"),
+    ("May 2020", "May, 2020", "right"), ("5 May 2020", "the 5th of May, 2020", "unsure"),
+    ("5 May 2020", "5th of May, 2020", "right"), ("yes", "True!", "right"), ("No", "false", "right"),
+    ("Yes", "false", "wrong"), ("False", "yes", "wrong"), ("Yes", "Y", "unsure"), ("Y", "yes", "unsure"),
+    ("1, 2, 3", "1, 2 and 3", "right"), ("1, 2, 3", "1, 2 and 4", "wrong"), ("1, 2, 3", "3, 2, 1", "unsure"),
+    ("1, 2, 3", "1, 2", "unsure"), ("1, 2, 3", "1, 2, 3, 4", "unsure"), ("1, 2, 3", "- 1\n- 2\n- 3", "right"),
+    ("1, 2, 3", "1. 1\n2. 2\n3. 3", "right"), ("1, 2, 3", "1\n2\n3", "right"), ("1, 2, 3", "- 1, 2, 3", "unsure"),
+    ("1, 2, 3", "[1, 2, 3]", "right"), ("(1, 2)", "[1, 2]", "unsure"), ("B", "(B)", "right"), ("B", "(B]", "unsure"),
+    ("5", "(5)", "unsure"), ("5", "[5]", "right"), ("[5]", "5", "unsure"),
+    ("Simon and Garfunkel, ABBA", "Simon, Garfunkel, ABBA", "unsure"), ("J. R. R. Tolkien", "JRR Tolkien", "right"),
+    ("U.S.", "US", "right"), ("O'Brien", "OBrien", "right"), ("hell", "he'll", "unsure"),
+    ("notable", "not able", "unsure"), ("Co", "CO", "unsure"), ("MHz", "mHz", "unsure"),
+    ("Zürich", "Zurich", "right"), ("Zurich", "Zürich", "unsure"), ("año", "ano", "unsure"),
+    ("paris", "PARIS", "right")]
+
+
+@pytest.mark.parametrize("gold, answer, verdict", FORMS)
+def test_forms_by_hand(gold, answer, verdict):
+    question, _, gold = gold.rpartition(": ")
+    assert heuristic_judge(question + "?", gold, answer) == verdict
+
+
+# What a judge must never drop: factors, units, hedges, negations, operators, marks.
+PIECES = ("k|K|M|bn|million|dozen|hundred|e3|**2|^2|²|½|/2|x|x2|-|--|−|+1|±1|~|about|not|no|non-|perhaps|maybe|or|"
+          "or 6|and|and 6|but|except|%|‰|$|€|¢|US$|cents|m|km|mm|'|\"|′|″|°|° F|per day|/h|BC|AD|PM|th|s|'s|?|...|"
+          "…|*|(|)|(not)|[1]|(1)|<b>|0|1|9|,|,000|.5|0,|0.|\u0304|\u0301|\u20e3|①|₂|#|++|!|!!|<|=|√|a|an|der|Mr.|"
+          "Not|I|almost|less than|at least|up to|until|before|of|th of|thirds|and a half|:00|\n2|, D|; D|- |1. |"
+          "QED|apples|pears|ago|times|-fold|or so|I think|is wrong").split("|")
+GOLDS = ["5", "100", "-5", "0.5", "12,345", "$5", "€20", "$3.4 billion", "5 km", "90 minutes", "25 %", "-30 °C",
+         "100 km/h", "five", "twenty-one", "6.02e23", "1/2", "3:2", "15:30", "2**3", '6"', "(1, 2)", "3 May 1987",
+         "May 1987", "2020-03-05", "Yes", "no", "Paris", "New York City", "Zürich", "José", "C", "x", "x2", "x^2",
+         "a third", "third", "MCMXCIX", "A, B, C", "1, 2, 3", "1,200, 3,400", "Ann; Bob", "Moreau and Lindt",
+         "St. Ives", "v2.0.1", "able"]
+HARMLESS_BEFORE = re.compile(r"\+?0*|the|the answer is", re.I)
+HARMLESS_AFTER = re.compile(r"!?\.?|\.?0*\.?|apples\.?")
+PAIRS = {'""', "''", "``", "**", "****", "()", "[]", "{}"}
+
+
+def visible(text):
+    """Without control characters, digits of all scripts as 0 to 9."""
+    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cc", "Cf"))
+    return re.sub(r"\d", lambda digit: str(int(digit[0])), text)
+
+
+def check_that_it_is_not_right(before, gold, after, question="What is it?"):
+    answer = before + gold + after
+    before, after = visible(before).strip(), visible(after).strip()
+    if not (HARMLESS_BEFORE.fullmatch(before) and HARMLESS_AFTER.fullmatch(after)) and before + after not in PAIRS:
+        assert heuristic_judge(question, gold, answer) != "right", (gold, answer)
+
+
+def test_no_factor_unit_hedge_or_mark_is_dropped():
+    for gold, piece in itertools.product(GOLDS, PIECES):
+        for before, after in ((piece, ""), (piece + " ", ""), ("", piece), ("", " " + piece), (piece, piece),
+                              ("The answer is ", piece + "."), ("The answer is ", f" {piece}.")):
+            check_that_it_is_not_right(before, gold, after, "How many apples are there?")
+
+
+@settings(max_examples=500)
+@given(st.text(max_size=6), st.one_of(st.sampled_from(GOLDS), st.text(st.characters(categories=["L"]), min_size=1)),
+       st.text(max_size=6))
+def test_whatever_is_added_to_the_gold_answer_makes_it_anything_but_right(before, gold, after):
+    check_that_it_is_not_right(before, gold, after)
 
 
 @settings(max_examples=200)
@@ -137,13 +233,25 @@ def test_the_gold_answer_itself_is_right(gold):
 
 
 @given(st.integers(-10**6, 10**6), st.integers(-10**6, 10**6))
+@example(1, 100)
+@example(-2_000_000, -2)
+@example(0, 1)
+@example(17, 18)
 def test_different_numbers_are_never_right(a, b):
-    assert heuristic_judge("How many?", str(a), str(b)) == ("right" if a == b else "wrong")
+    verdicts = ["right"] if a == b else ["wrong"]
+    if a and b and math.log10(abs(a / b)) in (-6, -3, -2, 2, 3, 6):
+        verdicts = ["wrong", "unsure"]                                     # perhaps in percent, in thousands
+    assert heuristic_judge("How many?", str(a), str(b)) in verdicts
 
 
 @pytest.mark.parametrize("answer", [None, "", " \n", "x" * (LONGEST + 1), "17 " * 10**6])
 def test_no_answer_and_no_short_answer_is_wrong(answer):
     assert heuristic_judge("How many?", "17", answer) == "wrong"
+
+
+def test_the_longest_answer():
+    assert heuristic_judge("What?", "x" * 1000, "x" * 1000) == "right"
+    assert heuristic_judge("What?", "x" * 1001, "x" * 1001) == "wrong"
 
 
 # ------------------------------------------------------------------------------------------------ injections
@@ -180,7 +288,7 @@ def test_injection_is_never_right_and_arrives_harmless(number):
     assert heuristic_judge(*CAPITAL, answer) != "right"
     judge = Judge("http://127.0.0.1:9/v1", "nobody")
     shown = candidate_in(judge.messages(*CAPITAL, answer))
-    assert len(shown) <= SHOWN and "\n" not in shown and not re.search(r"[<>|\[\]{}`\x00-\x1f]|verdict", shown, re.I)
+    assert len(shown) <= 300 and "\n" not in shown and not re.search(r"[<>|\[\]{}`\x00-\x1f]|verdict", shown, re.I)
 
 
 def test_even_a_judge_that_repeats_the_candidate_is_not_fooled():
@@ -243,7 +351,8 @@ def test_retries_with_backoff_then_none():
     assert Judge("http://127.0.0.1:9/v1", "m", seconds=2).judge("Who?", "Charles Darwin", "Darwin").score is None
 
 
-def test_concurrency_is_limited_and_order_kept():
+@pytest.mark.parametrize("settings, bound", [({"concurrency": 3}, 3), ({}, 8)])
+def test_concurrency_is_limited_and_order_kept(settings, bound):
     running, most, lock = [0], [0], threading.Lock()
 
     def reply(messages):
@@ -255,11 +364,11 @@ def test_concurrency_is_limited_and_order_kept():
             running[0] -= 1
         return "VERDICT: CORRECT" if "Darwin 3" in messages[1]["content"] else "VERDICT: INCORRECT"
     with Server(reply) as server:
-        judge = Judge(server.url, "m", concurrency=3)
-        groups = [[Traj(f"Darwin {i}")] for i in "abc3efgh"]
-        rewards = compute_rewards([Task("Who?", "Charles Darwin")] * 8, groups, judge)
-    assert [[r.answer for r in group] for group in rewards] == [[float(i == 3)] for i in range(8)]
-    assert 2 <= most[0] <= 3                                              # several groups at once, within the limit
+        judge = Judge(server.url, "m", **settings)
+        groups = [[Traj(f"Darwin {i}")] for i in "abc3efghijklmnop"]
+        rewards = compute_rewards([Task("Who?", "Charles Darwin")] * 16, groups, judge)
+    assert [[r.answer for r in group] for group in rewards] == [[float(i == 3)] for i in range(16)]
+    assert 2 <= most[0] <= bound                                          # several groups at once, within the limit
 
 
 def test_verdicts_survive_in_the_cache_and_hold_no_key(tmp_path, monkeypatch):
@@ -320,9 +429,9 @@ def test_unsure_counts_as_wrong_under_heuristic_and_is_counted():
 
 def test_rewards_come_back_nested_as_the_groups_are():
     tasks = [Task("How many?", "17"), Task("How many?", "18"), Task("How many?", "19")]
-    groups = [[Traj("17"), Traj("18")], [], [Traj("19")]]
+    groups = [[Traj("17"), Traj("18", [Turn("x", "ok")])], [], [Traj("19")]]
     rewards = compute_rewards(tasks, groups, Judge())
-    assert [[r.total for r in group] for group in rewards] == [[1.0, 0.0], [], [1.0]]
+    assert [[r.total for r in group] for group in rewards] == [[1.0, 0.1], [], [1.0]]
 
 
 def test_a_failed_judge_or_host_leaves_the_trajectory_unjudged():

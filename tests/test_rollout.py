@@ -540,6 +540,14 @@ def test_a_turn_ends_with_the_token_that_completes_the_fence():
     assert episode.ended([episode.chat.turn_end])
 
 
+def test_the_settings_where_nothing_is_said():
+    settings = {f.name: f for f in dataclasses.fields(Sampling)}
+    assert {name: f.default for name, f in settings.items()} == {
+        "temperature": 1.0, "max_turns": 6, "turn_tokens": 1024, "context_tokens": 8192, "observation_tokens": 2000,
+        "slots": None, "deterministic": False, "plain": False, "prompt": None}
+    assert all(f.metadata["flag"] and not f.metadata["zero"] for f in settings.values())
+
+
 def test_limits_are_told_apart(executor):
     chat, task = Chat(TOKENIZER), Task("t", "?", "")
     prompt = build_prompt(chat, task, [], "short")
@@ -552,7 +560,8 @@ def test_limits_are_told_apart(executor):
         [[plain]] = rollout(as_policy(model), [task], executor, [], dataclasses.replace(sampling, plain=True), 1, 0)
         assert same(plain, t)
         assert t.ids == ids[:len(t.ids)] and t.mask == mask[:len(t.ids)] and t.answer is None
-        assert t.turns or t.ids == prompt
+        assert t.turns or (t.ids, t.logps, t.seconds) == (prompt, [0.0] * len(prompt), 0.0)
+        assert len(t.logps) == len(t.ids) and all(turn.seconds == 0 for turn in t.turns if turn.status == "")
         return t.stop_reason, len(t.ids), len(t.turns)
     whole, one = len(ids), len(prompt) + len(first)
     assert end(max_turns=2) == ("turn_limit", whole, 2)
@@ -605,6 +614,10 @@ def test_prompts_say_what_there_is():
     assert "weigh" not in short
     with pytest.raises(UserError, match="short or full"):
         build_prompt(Chat(TOKENIZER), task, [], "long")
+    own = TOKENIZER.decode(build_prompt(Chat(TOKENIZER), task, [weigh], "full", "Be quick."))
+    assert "system\nBe quick." in own and "weigh(thing" in own and "You answer" not in own
+    with pytest.raises(UserError, match="tiny model"):
+        build_prompt(Chat(TOKENIZER), task, [], "short", "Be quick.")
 
 
 def test_a_template_that_forgets_gets_its_glue_all_the_same_and_one_that_rewrites_is_refused():
@@ -686,7 +699,7 @@ def test_an_out_of_memory_while_sampling_goes_on_with_half_the_slots(tiny, execu
     monkeypatch.setattr(Engine, "forward", failing_forward)
     sessions = Sessions(executor, lambda number: None)
     with pytest.warns(UserWarning, match="out of memory while sampling: 2 slots go on"):
-        out = rollout(tiny, tasks, sessions, BUILTIN_TOOLS, sampling, 3, 0, SimpleNamespace(update=ended.append))
+        out = rollout(tiny, tasks, sessions, BUILTIN_TOOLS, sampling, 3, 0, ended.append)
     assert made == [8, 4, 2] and sampling.slots == 2 and len(ended) == 12
     assert all(same(a, b) for a, b in zip(sum(out, []), sum(expected, []), strict=True))
     began = time.monotonic()
@@ -743,13 +756,13 @@ def test_ctrl_c_while_code_runs_in_plain_mode_closes_its_session():
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_ctrl_c_right_after_an_end_closes_that_session_too(tiny, executor, plain):
-    def pressed(n):
+    def pressed(trajectory):
         raise KeyboardInterrupt
     sessions, tasks = Sessions(executor, lambda number: None), builtin_tasks("train", 4, 0, families=("lookup",))
     for seed in range(5):
         with pytest.raises(KeyboardInterrupt):
             rollout(tiny, tasks, sessions, BUILTIN_TOOLS, tiny_sampling(tiny, plain=plain), 2, seed,
-                    SimpleNamespace(update=pressed))
+                    pressed)
     began = time.monotonic()
     while sessions.open and time.monotonic() - began < 5:
         time.sleep(0.05)
@@ -760,13 +773,14 @@ def test_ctrl_c_right_after_an_end_closes_that_session_too(tiny, executor, plain
 def test_progress_and_order(tiny, executor, plain):
     seen, tasks = [], builtin_tasks("train", 3, 3)
     out = rollout(tiny, tasks, executor, BUILTIN_TOOLS, tiny_sampling(tiny, slots=2, plain=plain), 2, 0,
-                  progress=SimpleNamespace(update=seen.append))
-    assert sum(seen) == 6 and [[(t.task_id, t.sample) for t in g] for g in out] == [
+                  on_end=seen.append)
+    assert len(seen) == 6 and {id(t) for t in seen} == {id(t) for group in out for t in group}
+    assert [[(t.task_id, t.sample) for t in g] for g in out] == [
         [(task.id, 0), (task.id, 1)] for task in tasks]
     long = Task("long", "Why? " * 1000, "")
     [[t]] = rollout(tiny, [long], executor, [], tiny_sampling(tiny, plain=plain), 1, 0,
-                    SimpleNamespace(update=seen.append))
-    assert sum(seen) == 7 and t.stop_reason == "context_limit"           # a prompt that does not fit counts, too
+                    seen.append)
+    assert seen[6] is t and t.stop_reason == "context_limit"           # a prompt that does not fit counts, too
 
 
 def test_slots_fit_into_memory(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["bench", "data", "tiny", "walkthrough"])
+@pytest.mark.parametrize("name", ["bench", "data", "study_queue", "walkthrough", "warm_start"])
 def test_started_by_path_they_end_with_one_clear_line(name, tmp_path):
     for script, folder in ((f"scripts/{name}.py", ROOT), (ROOT / "scripts" / f"{name}.py", tmp_path)):
         done = subprocess.run([sys.executable, script, "--help"], cwd=folder, capture_output=True, text=True)
@@ -16,10 +16,11 @@ def test_started_by_path_they_end_with_one_clear_line(name, tmp_path):
         assert done.stderr == f"error: start this from the repository's folder as: python -m scripts.{name}\n"
 
 
-@pytest.mark.parametrize("name", ["bench", "data", "tiny", "walkthrough"])
+@pytest.mark.parametrize("name", ["bench", "data", "study_queue", "walkthrough", "warm_start"])
 def test_started_as_a_module_they_have_a_help_text(name):
     done = subprocess.run([sys.executable, "-m", f"scripts.{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"usage: -m scripts.{name}" in done.stdout
+    assert done.stderr == ""                    # no library's message, such as that of bitsandbytes at its import
 
 
 def test_the_walkthrough_shows_every_equation():

@@ -1,6 +1,7 @@
 """tasks.py: gold answers found in another way, splits that share nothing, difficulty, files read and refused."""
 import ast
 import csv
+import hashlib
 import json
 import re
 from datetime import date
@@ -8,7 +9,8 @@ from datetime import date
 import pytest
 
 from gaia_folder import export_gaia
-from tasks import BUILTIN_TOOLS, CORE, HARD, PERSON, TOWN, Task, builtin_tasks, fact, read_gaia, read_jsonl, side
+from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, RANGES, TOWN, UNITS, Task, builtin_tasks, fact, read_gaia,
+                   read_jsonl, side)
 from machinery.cli import UserError
 from tools import ToolContext, ToolError, prompt_text
 
@@ -101,6 +103,13 @@ def entities(tasks: list[Task]) -> set[str]:
     return {name for t in tasks for name in NAMES.findall(t.question + str(t.files))}
 
 
+def test_the_built_in_tasks_are_those_of_the_published_figures():
+    """All figures of README are of these tasks: another world, task, answer, file or order is another benchmark."""
+    built = [[task for split in ("train", "heldout") for task in builtin_tasks(split, 220, 0, difficulty=d)]
+             for d in range(4)]
+    assert hashlib.sha256(repr((RANGES, UNITS, built)).encode()).hexdigest()[:12] == "12e0ef3e751d"
+
+
 def test_train_and_heldout_share_no_entity_and_no_value():
     train, heldout = builtin_tasks("train", 1100, 0), builtin_tasks("heldout", 1100, 1)
     assert {side(n) for n in entities(train)} == {0} and {side(n) for n in entities(heldout)} == {1}
@@ -184,7 +193,7 @@ GOOD = {"id": "a", "question": "x?", "answer": "1"}
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "t.jsonl:2: no JSON"),
+    ("{", "t.jsonl:2: cannot be read: JSONDecodeError"),
     ("[1]", "t.jsonl:2: a task is a JSON object"),
     ({"id": "b", "question": "x?"}, "t.jsonl:2: 'answer'"),
     ({"id": "b", "question": " ", "answer": "1"}, "t.jsonl:2: 'question'"),
@@ -201,12 +210,12 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path, line, message):
 
 
 def test_missing_empty_and_binary_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         read_jsonl(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="no tasks in it"):
         read_jsonl(write(tmp_path, "", ""))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(UserError, match="cannot be read: 'utf-8'"):
+    with pytest.raises(UserError, match="cannot be read: UnicodeDecodeError"):
         read_jsonl(tmp_path / "b.jsonl")
     pytest.importorskip("pyarrow", reason="pip install -r requirements-gaia.txt")
     (tmp_path / "metadata.parquet").write_bytes(b"half of it")

@@ -7,12 +7,14 @@ import io
 import json
 import mimetypes
 import os
+import resource
 import socket
 import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Literal, Optional
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -23,7 +25,8 @@ from machinery.cli import UserError, exit_status
 from machinery.documents import WebError, to_text
 from machinery.text import holds_benchmark
 from machinery.web import Cache, Web, check_address, open_web
-from tools import Tool, ToolContext, ToolError, load_tools, preflight, prompt_text, tool, visit
+from tools import (
+    Tool, ToolContext, ToolError, fits, known, load_tools, preflight, preflight_table, prompt_text, tool, visit)
 
 for package in ("markitdown", "pypdf", "openpyxl"):
     pytest.importorskip(package, reason="pip install -r requirements-gaia.txt")
@@ -57,6 +60,23 @@ def test_state_belongs_to_the_trajectory():
 def test_arguments_are_checked(args, kwargs, complaint):
     with pytest.raises(ToolError, match=complaint):
         shout.bind(ToolContext())(*args, **kwargs)
+
+
+@pytest.mark.parametrize("hint, fitting, others", [
+    (Any, [1, None, "a", [{}]], []), (str, ["a"], [1, None]), (int, [1], [True, 1.0, "1"]),
+    (float, [1.0, 1], [True, "1"]), (bool, [True], [1, None]), (type(None), [None], [0]),
+    (int | None, [1, None], [True, "1"]), (Optional[str], ["a", None], [1]),
+    (Literal[1, "a"], [1, "a"], [True, 1.0, 2, "b"]),
+    (list, [[], ["a", 1]], ["a", None]), (list[int], [[], [1, 2]], [["a"], [1, "a"], 1, "a"]),
+    (list[list[int]], [[[1], []]], [[1], [["a"]]]), (dict, [{}, {"a": 1}], [[]]),
+    (dict[str, int], [{}, {"a": 1}], [{"a": "b"}, {1: 1}, {"a": 1, "b": "c"}, "a", []])])
+def test_values_of_each_type_by_hand(hint, fitting, others):
+    assert known(hint) and all(fits(value, hint) for value in fitting)
+    assert not any(fits(value, hint) for value in others)
+
+
+def test_types_that_cannot_be_checked():
+    assert not any(known(hint) for hint in (Path, bytes, set, list[Path], dict[str, bytes], int | Path, Literal[b"x"]))
 
 
 def no_docstring(x: str) -> str:
@@ -789,15 +809,53 @@ def test_the_preflight_says_what_is_live_and_why_not(monkeypatch):
     assert [t.name for t in load_tools("web")] == ["web_search", "download"]
 
 
+def test_the_table_asks_each_web_tool_once_and_shows_the_runs_own_tools_alone(site, monkeypatch, tmp_path):
+    for variable in ("SERPER_API_KEY", "BRAVE_API_KEY", "TAVILY_API_KEY", "VISION_URL", "AUDIO_URL", "AUDIO_MODEL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("SEARXNG_URL", site.url)
+    monkeypatch.setattr(site, "page_search", site.search({"results": []}), raising=False)
+    monkeypatch.setattr(tools, "CALLS", tools.CALLS | {"visit": (f"{site.url}/page.html",)})
+    recorded = Web(Cache(str(tmp_path / "c.sqlite"), "record"), allow_loopback=True, seconds=2, wayback=site.url,
+                   wikipedia="http://127.0.0.1:9/{}")
+    own = [t for t in load_tools("web", recorded) if t.name in ("web_search", "visit", "wiki", "read_file")]
+    earlier = len(site.seen)
+    table = preflight_table(own, recorded, ask=True)
+    rows = dict(line.split(maxsplit=1) for line in table.splitlines())
+    assert rows["web_search"] == rows["visit"] == rows["read_file"] == "live"
+    assert rows["wiki"].startswith("does not answer: ERROR[network]")
+    assert rows["ask_image"].startswith("left out: VISION_URL is not set")
+    assert set(rows) == {"web_search", "visit", "wiki", "read_file", "ask_image", "transcribe"}
+    assert len([path for _, path, *_ in site.seen[earlier:] if path.startswith("/search")]) == 1
+    assert not recorded.cache.db.execute("SELECT * FROM answers").fetchall()            # nothing of it is recorded
+    asked = len(site.seen)
+    assert "does not answer" not in preflight_table(own, recorded, ask=False) and len(site.seen) == asked
+    assert preflight_table(load_tools(None, recorded), recorded, ask=True) == ""         # the tiny model's run
+
+
 def test_cache_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_web("live").cache.mode == "live"
     assert open_web("record:a.db").cache.mode == "record" and Path("a.db").exists()
     assert open_web("replay:a.db").cache.mode == "replay"
     Path("notes.txt").write_text("these are no answers of the web\n" * 9)
-    for bad in ("off", "replay:none.db", "replay", "record:no/folder/a.db", "replay:notes.txt"):
-        with pytest.raises(UserError, match=f"--cache {bad}: "):
+    for bad, words in (("off", "--cache off: "), ("replay:none.db", "--cache replay:none.db: "),
+                       ("replay", "--cache replay: "), ("record:no/folder/a.db", "no/folder/a.db cannot be used"),
+                       ("replay:notes.txt", "notes.txt cannot be used")):
+        with pytest.raises(UserError, match=words):
             open_web(bad)
+
+
+def test_an_answer_that_a_full_disk_cannot_keep_serves_all_the_same(tmp_path, capsys):
+    file = tmp_path / "a.db"
+    cache = Cache(str(file), "record")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, limit[1]))
+    try:
+        assert cache.answer("x", {}, "b", lambda: "paid for" * 9999) == "paid for" * 9999
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "not kept in the record" in capsys.readouterr().err
+    assert cache.answer("x", {}, "b", lambda: "again") == cache.answer("x", {}, "b", lambda: "lost") == "again"
 
 
 # ------------------------------------------------------------------------------------------------ nothing escapes

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -105,12 +107,12 @@ def test_run_json_holds_what_evaluation_inherits(finished):
 
 def test_no_pickle_anywhere(finished):
     kinds = {path.suffix for path in finished.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".md", ".jinja", ".html"}
 
 
 # ------------------------------------------------------------------------------------------------ resume (trap 10)
 def same_run(one: Path, two: Path):
-    for name in ("metrics.jsonl", "trajectories.jsonl"):
+    for name in ("metrics.jsonl", "trajectories.jsonl", "tokens.jsonl"):
         assert untimed(lines(one / name)) == untimed(lines(two / name)), name
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "queue-0.safetensors"):
         a, b = (load_file(checkpoint.latest_state(out) / name) for out in (one, two))
@@ -274,7 +276,75 @@ def test_unknown_flags_and_values(capsys, tmp_path):
 
 def test_a_forbidden_folder_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    assert "Not a directory" in fails(capsys, "--out", tmp_path / "file" / "out", *SMALL)
+    for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out", tmp_path / ("x" * 5000)):
+        error = fails(capsys, "--out", out, *SMALL)
+        assert "cannot go on" in error and "Nothing was trained yet" in error and "checkpoint" not in error
+
+
+def test_an_end_while_loading_speaks_of_no_checkpoint(capsys, monkeypatch, tmp_path, finished):
+    """Neither of this run, which has none, nor of the finished one that lies in --out."""
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "load_policy", pressed)
+    for out in (tmp_path / "out", finished):
+        assert run("--out", out, *SMALL) == 130
+        error = capsys.readouterr().err
+        assert "Nothing was trained yet" in error and "--resume" not in error
+
+
+def test_a_context_that_holds_no_prompt_and_no_turn_is_refused(capsys, tmp_path):
+    out = ["--out", tmp_path / "out", *SMALL]
+    for tokens in (1, 40, 100):
+        assert re.search(rf"--context-tokens {tokens}: the shortest prompt has \d+ tokens, and a turn .* 96",
+                         fails(capsys, *out, "--context-tokens", tokens))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_takes_only_the_logs_of_its_run(capsys, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    metrics, trajectories = (out / name for name in ("metrics.jsonl", "trajectories.jsonl"))
+    whole = {file: file.read_bytes() for file in (metrics, trajectories)}
+    rows = whole[metrics].splitlines(keepends=True)
+    for wrong in (b"".join([*rows[1:], rows[0]]), b"".join(rows[2:]), b""):
+        metrics.write_bytes(wrong)
+        assert "metrics.jsonl" in fails(capsys, "--out", out, "--resume", "--steps", 4)
+        assert metrics.read_bytes() == wrong and trajectories.read_bytes() == whole[trajectories]
+    metrics.unlink()
+    assert "metrics.jsonl" in fails(capsys, "--out", out, "--resume", "--steps", 4)
+    metrics.write_bytes(whole[metrics])
+    trajectories.unlink()                                    # it is long: one may have put it elsewhere
+    assert run("--out", out, "--resume", "--steps", 4) == 0
+    assert [row["step"] for row in lines(metrics)] == [0, 1, 2, 3, 4]
+    assert {row["step"] for row in lines(trajectories)} == {4}
+
+
+@pytest.mark.parametrize("name", ["state.json", "queue-0.json", "queue-0.safetensors", "adapter_model.safetensors",
+                                  "optimizer.safetensors", "run.json"])
+def test_a_damaged_checkpoint_is_one_line(capsys, finished, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    file = out / name if name == "run.json" else checkpoint.latest_state(out) / name
+    for damage in (b"", b"[]", b"{}", file.read_bytes()[:-9]):
+        file.write_bytes(damage)
+        assert "cannot be read" in fails(capsys, "--out", out, "--resume", "--steps", 4)
+
+
+def test_resume_refuses_a_base_with_other_weights(capsys, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(TINY_DIR, model)
+    assert run("--model", model, "--out", out, "--steps", 0, *SMALL) == 0
+    weights = load_file(model / "model.safetensors")
+    checkpoint.save_file({name: tensor * 1.01 for name, tensor in weights.items()}, model / "model.safetensors",
+                         {"format": "pt"})
+    assert "differs in its weights" in fails(capsys, "--out", out, "--resume", "--steps", 1)
+
+
+def test_a_slash_at_the_end_of_out_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda run: None)
+    monkeypatch.setattr(console, "report", lambda run: None)
+    assert run("--out", f"{tmp_path / 'new' / 'out'}/", "--judge", "local", *SMALL) == 0
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"out", "out.judge.sqlite"}
 
 
 def test_vram_plans_around_what_was_given(capsys, monkeypatch, tmp_path):
@@ -305,7 +375,7 @@ def test_out_of_memory_is_one_line_with_a_way_on(capsys, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
     monkeypatch.setattr(train, "load_policy", full)
     error = fails(capsys, "--out", tmp_path / "out")
-    assert f"--resume --out {tmp_path / 'out'}" in error and "--vram" in error and "CUDA out of memory)" in error
+    assert "--vram" in error and "CUDA out of memory)" in error and "Nothing was trained yet" in error
 
 
 def test_malformed_data_names_file_and_line(capsys, tmp_path):
@@ -435,7 +505,35 @@ def test_probe_prints_and_leaves_nothing(tmp_path, capsys):
     assert run("--probe", 4, "--out", tmp_path / "out", "--deterministic") == 0
     text = capsys.readouterr().out
     assert "groups with signal" in text and "in all" in text
+    assert re.search(r"trajectories ended by: .*answer \d+", text) and re.search(r"turns: ok \d+", text)
+    for which in ("right", "wrong"):            # two whole trajectories: the question, the code, the verdict
+        shown = text.partition(f"a {which} one:\n")[2]
+        assert re.match(r"--- train-\w+-\d+: .*\nThought: .*\n```python\n(.|\n)*?--- answer .*, expected", shown)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("signal, right, stops, turns, words", [
+    (0.5, 0.3, {"answer": 1}, {"ok": 1}, []),
+    (0.1, 0.9, {"answer": 1}, {"ok": 1}, ["harder tasks"]),
+    (0.0, 0.0, {"turn_limit": 9, "answer": 1}, {"no code": 50, "ok": 4},
+     ["no Python block", "--max-turns", "easier", "scripts.warm_start"]),
+    (0.0, 0.0, {"length": 5, "context_limit": 5}, {"error": 5, "ok": 5},
+     ["--prompt", "--turn-tokens", "--context-tokens", "easier", "scripts.warm_start"]),
+])
+def test_a_probe_says_what_to_try(signal, right, stops, turns, words):
+    found = console.advice_for(signal, right, Counter(stops), Counter(turns))
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found))
+
+
+def test_a_prompt_that_cannot_work_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("Use ```python blocks.")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe```python final_answer")
+    (tmp_path / "good.txt").write_text("Write ```python blocks and call final_answer(x).")
+    for name, words in (("short.txt", "final_answer"), ("bytes.txt", "cannot be read"), ("none.txt", "cannot be read"),
+                        ("good.txt", "its own prompt alone")):      # the tiny model takes no other prompt
+        assert run("--prompt", tmp_path / name, "--out", tmp_path / "out", "--probe", 1) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: --prompt") and words in error
 
 
 def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
@@ -443,6 +541,13 @@ def test_max_hours_ends_in_time_with_an_evaluation(tmp_path):
     assert run("--out", out, "--steps", 500, "--max-hours", 8 / 3600, *SMALL) == 0
     rows = lines(out / "metrics.jsonl")
     assert rows[-1]["step"] < 500 and "heldout_pass8" in rows[-1]
+
+
+def test_what_was_not_measured_is_a_dash_in_the_steps_line():
+    said, numbers = [], dict.fromkeys(re.findall(r"{(\w+)", console.STEP_LINE), 0)
+    m = numbers | {"step": 3, "kl": None}                   # --beta 0: there is no KL
+    console.show_step(SimpleNamespace(step=3, pending=m, history=[m], say=said.append))
+    assert "kl - clip 0.000" in said[0] and "nan" not in said[0]
 
 
 # --------------------------------------------------------------------------------------------------- small parts
@@ -458,12 +563,12 @@ def test_every_setting_has_an_effect():
 
 def test_a_setting_has_one_definition():
     """Sampling and GRPOConfig are sections of Config, not copies; presets name only what differs."""
-    from policy import TINY, preset_for
+    from policy import SMALL, TINY, preset_for
     sections = [section for section in Config.__mro__[1:] if section is not object]
     names = [name for section in sections for name in section.__annotations__]
     assert len(names) == len(set(names)) == len(fields(Config)) and len(sections) == 6
     assert {"Sampling", "GRPOConfig"} <= {section.__name__ for section in sections}
-    for preset in (TINY, preset_for(7_600_000_000)):
+    for preset in (TINY, SMALL, preset_for(7_600_000_000)):
         assert preset.settings.keys() <= set(names)
 
 
@@ -481,6 +586,12 @@ def test_choices_without_a_flag_are_set_by_name_and_checked(capsys, tmp_path):
 def test_given_flags_are_told_from_defaults():
     cfg, given = parse_args(["--steps", "7", "--deterministic"])
     assert given == {"steps", "deterministic"} and cfg.steps == 7 and cfg.model == "tiny"
+
+
+def test_the_queue_where_nothing_is_said():
+    cfg, _ = parse_args([])
+    assert (cfg.queue_size, cfg.replay_share, cfg.half_life, cfg.max_age, cfg.max_uses) == (64, 0.5, 4.0, 8, 4)
+    assert cfg.max_off_policy == 0.3
 
 
 def test_learning_rate_by_hand():
