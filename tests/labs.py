@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, SEEDS = ROOT / "results" / "labs.jsonl", (0, 1, 2)
-MEASURES = ("right", "code_ran", "signal", "kl", "entropy", "off_policy", "greedy", "sampled")
+OTHERS = {"code_ran": 3, "signal": 2, "kl": 3, "greedy": 2, "sampled": 2}         # measures beside `right`: digits
 
 
 class Arm(NamedTuple):
@@ -155,15 +155,20 @@ def effect(first: str, second: str, measure: str = "right") -> tuple[float, floa
 
 
 def table(lab: int) -> str:
-    """One row per arm: means over the finished seeds; then `right` of each, and the effect against the first arm."""
+    """Markdown, as it stands in LABS.md. A row per arm; the measures are means over the seeds, `right` also of each."""
     names = [arm.name for arm in arms() if arm.lab == lab]
-    rows = []
-    for name in filter(lambda name: values(name, "right"), names):
-        means = " ".join(f"{measure} {fmean(values(name, measure)):.3f}" for measure in MEASURES)
-        rows.append(f"{name:14} {means}  each {' '.join(f'{x:.3f}' for x in values(name, 'right'))}")
-        if name != names[0] and len(values(name, "right")) == len(values(names[0], "right")) > 1:
+    rows = ["| `--out` | right, seeds 0, 1, 2 | mean | difference, its standard error | "
+            "code ran | signal | KL | greedy | sampled |", "|---" * 9 + "|"]
+    for name in names:
+        right, difference = values(name, "right"), ""
+        if not right:
+            continue
+        if name != names[0] and len(right) == len(values(names[0], "right")) > 1:
             mean, error, shows = effect(names[0], name)
-            rows[-1] += f"  right {mean:+.3f} (standard error {error:.3f}): {'shows' if shows else 'does not show'}"
+            difference = f"{mean:+.3f}, {error:.3f}: {'shows' if shows else 'does not show'}"
+        others = [f"{fmean(values(name, measure)):.{digits}f}" for measure, digits in OTHERS.items()]
+        each = ", ".join(f"{x:.3f}" for x in right)
+        rows.append("| " + " | ".join([f"`lab/{name}`", each, f"{fmean(right):.3f}", difference, *others]) + " |")
     return "\n".join(rows)
 
 
@@ -177,8 +182,8 @@ def main() -> None:
         print(folder, read(folder))
     labs = args.labs or list(range(1, 7))
     if not args.table and not args.read:
-        once = {arm.name: arm for arm in arms() if arm.lab in labs}       # an arm of two labs runs once
-        for arm in sorted(once.values(), key=lambda arm: labs.index(arm.lab)):
+        chosen = sorted((arm for arm in arms() if arm.lab in labs), key=lambda arm: labs.index(arm.lab))
+        for arm in chosen:                                              # an arm of two labs runs once
             for seed in SEEDS:
                 if (arm.name, seed) not in {(line["arm"], line["seed"]) for line in lines()}:
                     began, line = time.time(), one_run(arm, seed)
