@@ -3,9 +3,9 @@
     python -m tests.lab_losses [SEED ...]
 
 The built-in model samples 12 groups of 8 once per seed. Each loss then gives a gradient of the adapter, without KL
-penalty, in one optimiser step (so r = 1, and no clip acts). Printed per loss: the cosine to dr_grpo's gradient, and how
-many times longer it is. A cosine of 1: the two are the same up to a scale. First of the whole batch, then of its first
-group with signal and trajectories of different lengths.
+penalty, in one optimiser step (so r = 1, and no clip acts). Printed per loss, a number per seed: the cosine to
+dr_grpo's gradient, of the whole batch and of its first group with signal and trajectories of different lengths; and how
+many times as long it is. A cosine of 1: the two are the same up to a scale.
 """
 import sys
 
@@ -63,13 +63,18 @@ def lengths_differ(trajectories: list) -> bool:
 
 def main(seeds: list[int]) -> None:
     torch.set_num_threads(1)
+    rows = {loss: ([], [], []) for loss in grpo.LOSSES}
     for seed in seeds:
         policy = load_policy("tiny", seed=seed)
         groups = sampled(policy, seed)
         one = next(pair for pair in groups if lengths_differ(pair[0]))
-        for name, part in ((f"{len(groups)} groups", groups), ("one group", [one])):
-            for loss, (cosine, longer) in compare(policy, part).items():
-                print(f"seed {seed}  {name:10}  {loss:8} cosine {cosine:.6f}  {longer:8.4f} times as long")
+        batch, alone = compare(policy, groups), compare(policy, [one])
+        for loss, columns in rows.items():
+            for column, value in zip(columns, (batch[loss][0], alone[loss][0], batch[loss][1])):
+                column.append(f"{value:.3f}")
+    print("| loss | cosine, whole batch | cosine, one group | times as long, whole batch |", "|---" * 4 + "|", sep="\n")
+    for loss, columns in rows.items():
+        print(f"| `{loss}` | " + " | ".join(", ".join(column) for column in columns) + " |")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     for folder in args.read or []:
         print(folder, read(folder))
-    labs = args.labs or list(range(1, 7))
+    labs = args.labs or [1, 2, 3, 5, 6]             # lab 4 trains nothing: tests/lab_losses.py
     if not args.table and not args.read:
         chosen = sorted((arm for arm in arms() if arm.lab in labs), key=lambda arm: labs.index(arm.lab))
         for arm in chosen:                                              # an arm of two labs runs once

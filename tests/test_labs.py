@@ -44,17 +44,18 @@ def test_the_figures_are_those_of_the_commands_as_they_stand():
     by_name = {arm.name: arm for arm in ARMS}
     for line in labs.lines():
         arm = by_name[line["arm"]]
-        assert (line["command"], line["change"]) == (" ".join(arm.arguments), arm.change), line["arm"]
+        assert line["command"] == " ".join(arm.arguments), line["arm"]
+        assert bool(line["change"]) == bool(arm.change), line["arm"]    # not its text: names may change
     assert {(x["arm"], x["seed"]) for x in labs.lines()} == {(name, seed) for name in by_name for seed in labs.SEEDS}
 
 
-@pytest.mark.parametrize("lab", range(1, 7))
+@pytest.mark.parametrize("lab", (1, 2, 3, 5, 6))
 def test_the_table_of_a_lab_is_that_of_the_results(lab):
     assert labs.table(lab) in TEXT[lab]
 
 
 def test_the_arms_of_a_lab_sample_equally_many_trajectories():
-    for lab in range(1, 7):
+    for lab in (1, 2, 3, 5, 6):
         assert len({x["online"] for arm in ARMS if arm.lab == lab for x in labs.lines() if x["arm"] == arm.name}) == 1
 
 
@@ -82,7 +83,7 @@ def test_lab_1_puts_every_token_after_the_prompt_in_the_mask(monkeypatch):
 
 def test_lab_2_gives_an_advantage_to_a_group_that_differs_in_execution_alone(monkeypatch):
     grpo = patched(monkeypatch, 2, "grpo.py")
-    wrong = [Reward(total=0.1, answer=0.0, execution=1.0), Reward(total=0.0, answer=0.0, execution=0.0)]
+    wrong = [Reward(total, 0.0, 10 * total, "heuristic", False, False) for total in (0.1, 0.0)]
     cfg = GRPOConfig(std_floor=1e-4)
     assert grpo.group_advantages(wrong, cfg)[0] == pytest.approx([1.0, -1.0])
     assert grpo.group_advantages([wrong[0]] * 2, cfg) is None
@@ -152,8 +153,8 @@ def test_every_command_runs_with_its_change(arm, cold, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_of_lab_4_prints_a_line_per_loss(tmp_path):
+def test_the_command_of_lab_4_prints_the_table_of_the_page(tmp_path):
     tree = labs.changed("".join(labs.blocks(TEXT[4], "diff")), tmp_path / "tree")
     done = subprocess.run([sys.executable, "-m", "tests.lab_losses"], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 24 and done.stdout in TEXT[4]
+    assert "`rloo`" in done.stdout and done.stdout in TEXT[4]
