@@ -1,4 +1,4 @@
-"""README, MEASUREMENTS and CONTRIBUTING name only what exists: files, functions, tests, flags, keys, minutes."""
+"""README, MEASUREMENTS, CONTRIBUTING and LABS name only what exists: files, functions, tests, flags, keys, minutes."""
 import ast
 import importlib
 import json
@@ -13,7 +13,7 @@ import report
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "MEASUREMENTS.md", "CONTRIBUTING.md")}
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "MEASUREMENTS.md", "CONTRIBUTING.md", "LABS.md")}
 README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
 MADE = {"metrics.jsonl", "trajectories.jsonl", "tokens.jsonl", "run.json", "results.json", "settings.json",
         "submission.jsonl", "adapter_model.safetensors", "adapter_config.json",     # by a run
