@@ -7,13 +7,13 @@ inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, and `Supervis
                        `-- supervisor: process 1 of the session's own namespaces; it never runs model code
                              `-- runner: runs the model's code (executor.Runner); whatever that code starts is below
 
-`bwrap` covers: an unprivileged uid without capabilities; namespaces (user, mount, pid, ipc, network), terminals and tmpfs
-  (/tmp, /dev/shm) of each session's own; only /usr and the interpreter with its packages are visible, read-only; no
-  sockets but stream pairs, no ptrace, mount, unshare, inotify, io_uring, bpf, keyctl, memfd, SysV or shared anonymous
-  memory, no scheduling of others (seccomp); limits on memory, processes, open files, disk, output.
-`none` covers: an empty environment, the limits but the disk's total, the same seccomp filter, no capabilities, no access
-  to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on). All that a session starts is one process
-  group, which the kernel kills when the supervisor dies. Not files: code may do with them what the trainer's uid may.
+`bwrap` covers: an unprivileged uid without capabilities; namespaces (user, mount, pid, ipc, network), terminals and
+  tmpfs (/tmp, /dev/shm) of each session's own; only /usr and the interpreter with its packages are visible, read-only;
+  no sockets but stream pairs, no ptrace, mount, unshare, inotify, io_uring, bpf, keyctl, memfd, SysV or shared
+  anonymous memory, no scheduling of others (seccomp); limits on memory, processes, open files, disk, output.
+`none` covers: an empty environment, the limits but the disk's total, the same seccomp filter, no capabilities, no
+  access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on). All that a session starts is one
+  process group, which the kernel kills when the supervisor dies. Not files: code may do what the trainer's uid may.
 What neither covers stands at the top of executor.py.
 """
 import ctypes
