@@ -54,6 +54,12 @@ def test_the_table_of_a_lab_is_that_of_the_results(lab):
     assert labs.table(lab) in TEXT[lab]
 
 
+@pytest.mark.parametrize("lab", (1, 2, 3, 5, 6))
+def test_a_lab_whose_effect_does_not_show_says_so(lab):
+    shows = any(text.endswith(": shows") for row in labs.table(lab).splitlines() for text in row.split(" | "))
+    assert ("does not show in three seeds" in TEXT[lab]) == (not shows)
+
+
 def test_the_arms_of_a_lab_sample_equally_many_trajectories():
     for lab in (1, 2, 3, 5, 6):
         assert len({x["online"] for arm in ARMS if arm.lab == lab for x in labs.lines() if x["arm"] == arm.name}) == 1
