@@ -111,14 +111,18 @@ def train(arm: Arm, seed: int, tree: Path, *more: str) -> Path:
 def read(folder: Path) -> dict:
     """The measures of a run: means over its steps; kl and entropy those of the last three; held-out accuracy after."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps, last = rows[1:], rows[-3:]
+    steps = rows[1:]
+
+    def mean(key: str, chosen: list[dict] = steps) -> float:
+        values = [row[key] for row in chosen if row[key] is not None]       # null: a step without an update
+        return round(fmean(values), 4)
     return {
-        "right": round(fmean(row["accuracy"] for row in steps), 4),
-        "code_ran": round(fmean(row["exec_rate"] for row in steps), 4),
-        "signal": round(fmean(row["signal_share"] for row in steps), 4),
-        "kl": round(fmean(row["kl"] or 0.0 for row in last), 4),
-        "entropy": round(fmean(row["entropy"] for row in last), 4),
-        "off_policy": round(fmean(row["off_policy"] for row in steps), 4),
+        "right": mean("accuracy"),
+        "code_ran": mean("exec_rate"),
+        "signal": mean("signal_share"),
+        "kl": mean("kl", rows[-3:]),
+        "entropy": mean("entropy", rows[-3:]),
+        "off_policy": mean("off_policy"),
         "greedy": rows[-1]["heldout_greedy"],
         "sampled": rows[-1]["heldout_sampled"],
         "online": rows[-1]["online_trajectories"],
