@@ -22,9 +22,9 @@ from tasks import BUILTIN_TOOLS, builtin_tasks
 LIMITS = Sampling(max_turns=4, turn_tokens=96, context_tokens=512, observation_tokens=64, deterministic=True)
 
 
-def sampled(policy, seed: int) -> list[tuple]:
-    """(trajectories, rewards) of each group that carries signal."""
-    tasks = builtin_tasks("train", 12, seed)
+def sampled(policy, seed: int, n: int = 12) -> list[tuple]:
+    """(trajectories, rewards) of each of n groups that carries signal."""
+    tasks = builtin_tasks("train", n, seed)
     with Executor("auto") as executor:
         groups = rollout(policy, tasks, executor, BUILTIN_TOOLS, LIMITS, 8, seed)
     judged = compute_rewards(tasks, groups, Judge())
