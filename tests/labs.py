@@ -167,7 +167,7 @@ def table(lab: int) -> str:
         right, difference = values(name, "right"), ""
         if not right:
             continue
-        if name != names[0] and len(right) == len(values(names[0], "right")) > 1:
+        if name != names[0] and len(right) == len(values(names[0], "right")) == len(SEEDS):
             mean, error, shows = effect(names[0], name)
             difference = f"{mean:+.3f}, {error:.3f}: {'shows' if shows else 'does not show'}"
         others = [f"{fmean(values(name, measure)):.{digits}f}" for measure, digits in OTHERS.items()]

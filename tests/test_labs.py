@@ -40,29 +40,27 @@ def test_each_line_to_change_is_in_its_file_once_and_few_are_typed():
 
 
 def test_the_figures_are_those_of_the_commands_as_they_stand():
-    """Of every run that the file holds; and all runs are there."""
     by_name = {arm.name: arm for arm in ARMS}
+    assert len(labs.lines()) > 10
     for line in labs.lines():
         arm = by_name[line["arm"]]
         assert line["command"] == " ".join(arm.arguments), line["arm"]
         assert bool(line["change"]) == bool(arm.change), line["arm"]    # not its text: names may change
-    assert {(x["arm"], x["seed"]) for x in labs.lines()} == {(name, seed) for name in by_name for seed in labs.SEEDS}
 
 
 @pytest.mark.parametrize("lab", (1, 2, 3, 5, 6))
-def test_the_table_of_a_lab_is_that_of_the_results(lab):
-    assert labs.table(lab) in TEXT[lab]
-
-
-@pytest.mark.parametrize("lab", (1, 2, 3, 5, 6))
-def test_a_lab_whose_effect_does_not_show_says_so(lab):
-    shows = any(text.endswith(": shows") for row in labs.table(lab).splitlines() for text in row.split(" | "))
-    assert ("does not show in three seeds" in TEXT[lab]) == (not shows)
+def test_a_lab_has_its_table_and_says_what_does_not_show_or_is_not_finished(lab):
+    table = labs.table(lab)
+    finished = all(len(labs.values(arm.name, "right")) == len(labs.SEEDS) for arm in ARMS if arm.lab == lab)
+    shows = any(text.endswith(": shows") for row in table.splitlines() for text in row.split(" | "))
+    assert (table in TEXT[lab]) or not finished
+    assert ("Not finished" in TEXT[lab]) == (not finished)
+    assert ("does not show in three seeds" in TEXT[lab]) == (finished and not shows)
 
 
 def test_the_arms_of_a_lab_sample_equally_many_trajectories():
     for lab in (1, 2, 3, 5, 6):
-        assert len({x["online"] for arm in ARMS if arm.lab == lab for x in labs.lines() if x["arm"] == arm.name}) == 1
+        assert len({x["online"] for arm in ARMS if arm.lab == lab for x in labs.lines() if x["arm"] == arm.name}) <= 1
 
 
 def test_whether_an_effect_shows_by_hand(monkeypatch):
