@@ -16,6 +16,7 @@ error. Three seeds are few: an effect that shows is a sign, no proof, and one th
 This file holds no test; tests/test_labs.py does.
 """
 import argparse
+import itertools
 import json
 import os
 import re
@@ -187,13 +188,12 @@ def main() -> None:
     labs = args.labs or [1, 2, 3, 5, 6]             # lab 4 trains nothing: tests/lab_losses.py
     if not args.table and not args.read:
         chosen = sorted((arm for arm in arms() if arm.lab in labs), key=lambda arm: labs.index(arm.lab))
-        for arm in chosen:                                              # an arm of two labs runs once
-            for seed in SEEDS:
-                if (arm.name, seed) not in {(line["arm"], line["seed"]) for line in lines()}:
-                    began, line = time.time(), one_run(arm, seed)
-                    with FILE.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    print(arm.name, seed, f"right {line['right']} in {time.time() - began:.0f} s", flush=True)
+        for seed, arm in itertools.product(SEEDS, chosen):              # an arm of two labs runs once
+            if (arm.name, seed) not in {(line["arm"], line["seed"]) for line in lines()}:
+                began, line = time.time(), one_run(arm, seed)
+                with FILE.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(arm.name, seed, f"right {line['right']} in {time.time() - began:.0f} s", flush=True)
     if not args.read:
         print("\n\n".join(f"lab {lab}\n{table(lab)}" for lab in labs))
 
