@@ -64,7 +64,9 @@ def in_child(copy: Path, options: list[str]) -> None:
     os.chdir(copy)
     sys.path[:] = [str(copy), *(path for path in sys.path if Path(path).resolve() != ROOT)]
     sys.stdout = sys.stderr = open("printed", "w")
-    os._exit(pytest.main(["-qx", "-p", "no:cacheprovider", *options]))
+    status = pytest.main(["-qx", "-p", "no:cacheprovider", *options])
+    sys.stdout.flush()              # os._exit does not: the names of the fastest tests would be lost
+    os._exit(status)
 
 
 def run_tests(copy: Path, *options: str) -> bool:
