@@ -124,6 +124,7 @@ def test_the_edges_of_the_loss_by_hand():
     assert one(math.log(0.5), -1.0) == (pytest.approx(0.8), 1)
     assert one(math.log(1.5), 1.0) == (pytest.approx(-1.28), 1)
     assert one(math.log(4), 0.0) == one(math.log(0.1), 0.0) == (0, 0)
+    assert one(0.0, 1.0, eps_high=0.0) == (pytest.approx(-1), 0)       # at the bound: not clipped
 
 
 def test_the_kl_by_hand():
@@ -534,6 +535,17 @@ def test_a_nan_skips_the_step_and_names_the_trajectory(folders):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
     assert not optimizer.state
     assert stats.off_policy_each[6] > 0 and stats.mismatch_mean < 1e-5  # so the queue drops it; no nan in the log
+    assert update(policy, optimizer, batch, GRPOConfig()).optimiser_steps == 1
+
+
+def test_an_infinite_gradient_skips_the_step_although_every_number_is_finite(folders):
+    policy = stirred(folders[True])
+    batch, optimizer = make_batch(policy), grpo.make_optimizer(policy, 1e-2)
+    hook = policy.trainable()[0].register_hook(lambda gradient: gradient * math.inf)
+    stats = update(policy, optimizer, batch, GRPOConfig())
+    assert stats.optimiser_steps == 0 and stats.notes == ["optimiser step skipped: not finite is the gradient"]
+    assert not optimizer.state
+    hook.remove()
     assert update(policy, optimizer, batch, GRPOConfig()).optimiser_steps == 1
 
 
