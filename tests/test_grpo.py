@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import grpo
-from grpo import LOSSES as TABLE, GRPOConfig, group_advantages, grpo_loss, k3, token_logps, update
+from grpo import LOSSES as TABLE, GRPOConfig, Group, group_advantages, grpo_loss, k3, token_logps, update
 from machinery.console import warnings_for
 from meter import LiveBytes
 from policy import load_policy
@@ -65,6 +65,12 @@ def test_failures_of_the_judge_take_no_part_and_failures_of_the_model_do():  # t
     judged = advantages([reward(1.0), reward(0.0), reward(0.0)], "dr_grpo")
     with_failure = advantages([reward(1.0), reward(None), reward(0.0), reward(0.0)], "dr_grpo")
     assert with_failure == [judged[0], None, judged[1], judged[2]] and judged[0] == pytest.approx(2 / 3)
+
+
+def test_a_group_gives_the_batch_what_was_judged_and_the_queue_what_was_better():
+    group = Group("task", ["a", "b", "c", "d"], 0, advantages=[0.5, None, 0.0, -0.5])
+    assert group.batch() == [("a", 0.5), ("c", 0.0), ("d", -0.5)]
+    assert group.positive().batch() == [("a", 0.5)] and group.advantages == [0.5, None, 0.0, -0.5]
 
 
 def test_the_settings_where_nothing_is_said():
