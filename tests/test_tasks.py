@@ -3,14 +3,15 @@ import ast
 import csv
 import hashlib
 import json
+import random
 import re
 from datetime import date
 
 import pytest
 
 from gaia_folder import export_gaia
-from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, RANGES, TOWN, UNITS, Task, builtin_tasks, endless, every, fact,
-                   read_gaia, read_jsonl, side, split_tasks)
+from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, RANGES, TOWN, UNITS, Parts, Task, builtin_tasks, endless, every,
+                   fact, read_gaia, read_jsonl, side, split_tasks)
 from machinery.cli import UserError
 from tools import ToolContext, ToolError, prompt_text
 
@@ -145,6 +146,13 @@ def test_difficulty_makes_chains_longer_and_tables_bigger():
                  for t in builtin_tasks("train", 1, 0, (family,), d)]
         levels = [int(t.level) for d in range(4) for t in builtin_tasks("train", 1, 0, (family,), d)]
         assert sizes == sorted(set(sizes)) and levels == sorted(levels) and levels[-1] == 3
+
+
+def test_a_tables_condition_names_a_number_from_100_to_499():
+    for chosen, bound in ((min, 100), (max, 499)):
+        rng = random.Random(0)
+        rng.randrange = lambda low, high, chosen=chosen: chosen(low, high - 1)
+        assert f"is above {bound} " in Parts(rng, 0, 1).table()[2]
 
 
 def test_unknown_splits_families_and_difficulties_are_refused():
