@@ -182,8 +182,8 @@ class Session(AbstractContextManager):
         with suppress(BlockingIOError):                 # all is stopped: what the last cell has left ends here
             while os.read(self._wire.fileno(), 1 << 20):
                 pass
+        send_frame(self._wire, {"run": code, "token": token})      # it waits there until the runner goes on
         self._control.send(b"resume")
-        send_frame(self._wire, {"run": code, "token": token})
         while True:
             now, next_interrupt = time.monotonic(), self._deadline + 0.1 * interrupts
             if now >= self._deadline + 0.7 * self.limits.grace:

@@ -74,7 +74,7 @@ class SampleQueue:
         return len(self.entries)
 
     def priority(self, entry: Entry, step: int) -> float:
-        """spread * 2^(-age / half_life) / (1 + uses): informative, fresh and little used comes first."""
+        """spread * 2^(-age / half_life) / (1 + uses): informative, recent and little used comes first."""
         return entry.spread * 2.0 ** (-(step - entry.step) / self.half_life) / (1 + entry.uses)
 
     def admit(self, group, spread: float, any_right: bool, step: int) -> bool:
@@ -90,10 +90,11 @@ class SampleQueue:
         self._remove(worst, "evicted")
         return worst is not entry
 
-    def draw(self, k: int, step: int, rng) -> list[Entry]:
-        """Draw up to k groups without replacement, proportional to priority; each draw counts as one use.
+    def draw(self, count: int, step: int, rng) -> list[Entry]:
+        """Draw up to `count` groups without replacement, proportional to priority; each draw counts as one use.
 
-        The k largest u^(1 / priority), u uniform, are such a draw (Efraimidis and Spirakis 2006). rng: random.Random.
+        The `count` largest u^(1 / priority), u uniform, are such a draw (Efraimidis and Spirakis 2006).
+        rng: random.Random.
         """
         self.drop_stale(step)
         keys = {}
@@ -101,7 +102,7 @@ class SampleQueue:
             u = rng.random()
             keys[entry.order] = (u ** (1.0 / self.priority(entry, step)), entry.order)      # the order decides ties
         ranked = sorted(self.entries, key=lambda entry: keys[entry.order], reverse=True)
-        drawn = ranked[:max(k, 0)]
+        drawn = ranked[:max(count, 0)]
         for entry in drawn:
             entry.uses += 1
         return drawn

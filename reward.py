@@ -104,7 +104,7 @@ def gaia_score(model_answer: str | None, gold: str) -> bool:
 RIGHT, WRONG, UNSURE = "right", "wrong", "unsure"
 LONGEST = 1000                           # characters of an answer; a longer text is no answer
 # Questions in which 1.10 is not 1.1:
-CODE = re.compile(r"\b(?:version|code|hash|room|plate|serial|id|isbn|password|\w*phone)\b", re.I)
+CODE_WORDS = re.compile(r"\b(?:version|code|hash|room|plate|serial|id|isbn|password|\w*phone)\b", re.I)
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen nineteen").split()
 TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))
@@ -312,7 +312,7 @@ def judge_one(question: str, gold: str, answer: str) -> str:
         answer = answer[1:-1].strip()
     if wanted:
         given = quantity(question, answer)
-        code = re.match(r"0\d", gold) or CODE.search(question)
+        code = re.match(r"0\d", gold) or CODE_WORDS.search(question)
         return judge_quantity(wanted, given) if given and not code else UNSURE
     return judge_list(question, gold, answer) if re.search("[,;]", gold) else judge_text(gold, answer)
 

@@ -222,12 +222,12 @@ class Episode:
     def ended(self, turn: list[int]) -> bool:
         return turn[-1] in self.chat.stops or CODE.search(self.chat.text(turn)) is not None
 
-    def close_turn(self, turn: list[int], limit: str) -> None:
-        """Keep the turn. limit: the limit that stopped it ("length", "context_limit"), "" if it ended by itself."""
+    def close_turn(self, turn: list[int], stopped_by: str) -> None:
+        """Keep the turn. stopped_by: the limit that ended it ("length", "context_limit"), "" if it ended by itself."""
         text = self.chat.text(turn)
         code = CODE.search(text)
         self.turns.append(Turn(text, code and code[1], "", "", 0.0))
-        self.last, self.stop_reason = turn[-1], limit
+        self.last, self.stop_reason = turn[-1], stopped_by
 
     def act(self):
         """Run the turn's code; returns the executor's CellResult, or None if there is nothing to run."""
@@ -316,8 +316,8 @@ def sample_trajectory(model, episode, context: int, temperature: float):
         mask = mask + [0] * len(forced)
         logps = logps + [0.0] * len(forced)
         start, ended = len(ids), False
-        limit = min(start + episode.turn_tokens, context)
-        while not ended and len(ids) < limit:
+        end = min(start + episode.turn_tokens, context)
+        while not ended and len(ids) < end:
             new_ids = torch.tensor([ids[cached:]], device=model.device)     # (1, n): forced tokens or the last one
             out = model(input_ids=new_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, cached = out.past_key_values, len(ids)

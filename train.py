@@ -344,7 +344,7 @@ def settle(cfg: Config, given: set[str]) -> tuple[Config, set[str]]:
 
 
 def start(cfg: Config, given: set[str], executor: Executor) -> Run:
-    """Load everything and make the Run, fresh or resumed. Bad input is refused before the model takes its minutes."""
+    """Load everything and make the Run, new or resumed. Bad input is refused before the model takes its minutes."""
     rank, size = ranks.world()
     cfg, settled = settle(cfg, given)
     cfg.online_groups = cfg.online_groups or cfg.groups

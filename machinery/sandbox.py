@@ -7,14 +7,14 @@ inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, and `Supervis
                        `-- supervisor: process 1 of the session's own namespaces; it never runs model code
                              `-- runner: runs the model's code (executor.Runner); whatever that code starts is below
 
-`bwrap` covers: an unprivileged uid without capabilities; user, mount, pid, ipc and network namespaces, terminals and
+`bwrap` covers: an unprivileged uid without capabilities; namespaces (user, mount, pid, ipc, network), terminals and
   tmpfs (/tmp, /dev/shm) of each session's own; only /usr and the interpreter with its packages are visible, read-only;
-  seccomp: no sockets but stream pairs (no loopback, vsock, netlink, abstract names), ptrace, mount, unshare, inotify,
-  io_uring, bpf, keyctl, memfd, SysV or shared anonymous memory, or scheduling of others; limits on memory, processes,
-  open files, disk, output. `none` covers: an empty environment, the limits except the disk's total, the same seccomp
-  filter, no capabilities, no access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on); all
-  that a session starts is one process group, and the kernel kills it when the supervisor dies. Not files: code reads
-  and writes what the trainer's uid may. Not covered by either: top of executor.py. Expected answers never enter.
+  no sockets but stream pairs, no ptrace, mount, unshare, inotify, io_uring, bpf, keyctl, memfd, SysV or shared
+  anonymous memory, no scheduling of others (seccomp); limits on memory, processes, open files, disk, output.
+`none` covers: an empty environment, the limits but the disk's total, the same seccomp filter, no capabilities, no
+  access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on). All that a session starts is one
+  process group, which the kernel kills when the supervisor dies. Not files: code may do what the trainer's uid may.
+What neither covers stands at the top of executor.py.
 """
 import ctypes
 import fcntl
@@ -334,12 +334,12 @@ class Supervisor:
 
     def __init__(self, control: socket.socket, setup: dict, isolated: bool, run_cells: Callable):
         self.control, self.setup, self.isolated, self.run_cells = control, setup, isolated, run_cells
-        self.runner = self.everyone = None              # the runner's pid, while it is in use
-        self.kept = []                                  # descriptors that are open as long as this runner is in use
+        self.runner, self.everyone, self.kept = None, None, []  # while a runner is in use: its pid; open descriptors
         self.paused, self.stopped = True, False         # no cell may run; the runner's threads stand still
-        self.events, self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)   # a byte when a child ends, stops, goes on
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        mask = (1 << signal.SIGCHLD - 1).to_bytes(128, "little")
+        self.events = libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC)     # readable: a child ends, stops, goes on
 
     def loop(self) -> None:
         """Until the host closes its end of the control socket, or has ended."""
@@ -360,7 +360,7 @@ class Supervisor:
 
     def start(self, wire: int, output: int) -> None:
         """Kill every process of the session and fork a new runner, in the same namespaces and directory."""
-        self.runner = None
+        self.runner, self.paused = None, True
         kill_all(self.everyone)
         while self.kept:
             os.close(self.kept.pop())
@@ -368,10 +368,9 @@ class Supervisor:
         os.chdir(self.setup["workdir"])
         if (runner := os.fork()) == 0:
             os.setsid()                                 # a group to kill; and one to schedule (sched_autogroup)
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for descriptor in (self.control.detach(), self.events, self.wakeup):
-                os.close(descriptor)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            os.close(self.control.detach())
+            os.close(self.events)
             confine(self.isolated)
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)     # code may look at its own /proc/self
             self.run_cells(socket.socket(fileno=wire), output, self.setup)
@@ -390,21 +389,20 @@ class Supervisor:
             os.kill(self.runner, number)
 
     def pause(self) -> None:
-        """Stop everyone, and kill all but the runner. A timer or a child may wake it: again, until all is still."""
+        """Stop everyone. Then, while the host goes on: kill all but the runner, until it stands still and is alone."""
+        os.kill(self.everyone, signal.SIGSTOP)
+        self.control.send(b"paused")
         until = time.monotonic() + self.setup["grace"]
-        while time.monotonic() < until and self.runner is not None:
-            os.kill(self.everyone, signal.SIGSTOP)
-            select.select([self.events], [], [], 0.001)     # it stands still a little later
+        while self.runner is not None and not self.paused:
+            started = kill_others(self.runner)
+            select.select([self.events], [], [], 0.001)
             self.reap()
-            for pid in (started := others(self.runner)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if self.stopped and not started and self.runner is not None:
+            if self.stopped and not started:
                 self.paused = True
-                self.control.send(b"paused")
-                return
-        if self.runner is not None:
-            self.lose("killed it could not be stopped")
+            elif time.monotonic() > until:
+                self.lose("killed it could not be stopped")
+            elif not self.stopped:                      # a timer or a child has woken it
+                os.kill(self.everyone, signal.SIGSTOP)
 
     def lose(self, report: str) -> None:
         """Give the runner up: tell the host, kill everyone."""
@@ -469,19 +467,21 @@ def descendants(most: int = 1 << 22) -> set[int]:
     found, todo = set(), [os.getpid()]
     while todo and len(found) <= most + 1:
         found.add(parent := todo.pop())
-        for children in Path("/proc").glob(f"{parent}/task/*/children"):
-            with suppress(OSError):                     # it has ended meanwhile
-                todo += [int(pid) for pid in children.read_text().split()]
+        with suppress(OSError):                         # it has ended meanwhile
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with suppress(OSError), open(f"/proc/{parent}/task/{thread}/children", "rb", 0) as children:
+                    todo += map(int, children.read().split())
     return found - {os.getpid()}
 
 
-def others(runner: int) -> list[int]:
-    """The living processes of this session but the runner."""
-    found = []
+def kill_others(runner: int) -> bool:
+    """Kill the living processes of this session but the runner. Whether there were any."""
+    found = False
     for pid in descendants() - {runner}:
         with suppress(OSError):                         # it has ended meanwhile
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-                found.append(pid)
+                os.kill(pid, signal.SIGKILL)
+                found = True
     return found
 
 
