@@ -3,15 +3,14 @@
 Read in this order: `SampleQueue.admit` (what enters), `priority` (what is drawn, and what is thrown out first),
 `draw`, `drop_stale`.
 
-Two things to know before reading:
-
 1. **The rule is ours.** Tool-R1 (arXiv 2509.12867) keeps high-quality trajectories in a queue and replays them, but
    its exact rule is not known to us. Ours: whole groups, each with the advantages of its own group (an advantage
    means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses). With --replay positive a
    group enters without the trajectories that were not better than its mean.
-   The paper says that the queue saves costly online samples. Shown here, for the tiny model alone: see "The sample
-   queue" in MEASUREMENTS.md. Not shown: that it saves any as shipped, where it only fills the places of groups without
-   signal; from a start that is often right; with a real model.
+   The paper says that the queue saves costly online samples. Shown here, for the tiny model from a start that is nearly
+   always wrong, with --online-groups 4 --replay positive --epochs 4: 0.66 of the samples of the best control without a
+   queue (see MEASUREMENTS.md). Not shown: with a real model; from a start that is often right; as shipped, where the
+   queue only fills the places of groups without signal.
 
 2. **The name.** The project's fixed list of files calls this one `queue.py`, which hides the standard library's
    `queue` from every `import queue` of a process started in this folder, torch's and requests' included. So this

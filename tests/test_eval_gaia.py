@@ -107,6 +107,18 @@ def test_the_llm_judges_every_answer_beside_the_other_judges():
     assert [r["category"] for r in found] == ["right", "wrong", "format_only", "no_code"]
 
 
+def test_a_record_by_hand():
+    task = Task("t", "How many?", "17", files={"b/x.CSV": b"", "a.csv": b"", "Makefile": b""}, level="2")
+    t = replace(trajectory(answer="17 km", steps=[OK, OK]), seconds=1.2345, mask=[0, 1, 1])
+    noted = [Call("q", "visit", "{}", "ok", 2, 0.1), Call("q", "visit", "{}", "blocked", 1, 0.1)]
+    record = record_of(task, t, noted)
+    assert {key: record[key] for key in ("attachment", "official", "heuristic", "category", "steps", "tokens",
+                                         "seconds", "tool_calls", "cache_hits", "tool_outcomes")} == {
+        "attachment": ".csv other", "official": False, "heuristic": "unsure", "category": "wrong", "steps": 2,
+        "tokens": 2, "seconds": 1.23, "tool_calls": 2, "cache_hits": 3,
+        "tool_outcomes": {"visit ok": 1, "visit blocked": 1}}
+
+
 def test_samples_are_means_over_questions_and_never_mixed_up():
     records = [rec("a", 0, True, "Paris"), rec("a", 1, True, "paris"), rec("a", 2, False, "Rome"),
                rec("a", 3, False, None), rec("b", 0, False, "1"), rec("b", 1, False, "1"), rec("b", 2, True, "2"),
@@ -427,6 +439,7 @@ def test_the_test_split_is_exported_and_never_scored(here, capsys, monkeypatch):
 @pytest.mark.parametrize("arguments, complaint", [
     (["--bogus"], "unrecognized"), (["--ckpt", "none"], "no such folder"), (["--ckpt", "empty"], "no adapter"),
     (["--gaia-dir", "none"], "no metadata"), (["--ids", "nobody"], "no question nobody"),
+    (["--ids", "heldout-largest-0023", "heldout-lookup-0024"], "no question heldout-lookup-0024"),     # 264 = 11 x 24
     (["--limit", "0"], "no question is left"), (["--limit", "-1"], "at least 1"),
     (["--judge", "oracle"], "--judge oracle"), (["--cache", "replay:none"], "no such record"),
     (["--tools", "none.py"], "no such file"),

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import grpo
-from grpo import LOSSES as TABLE, GRPOConfig, group_advantages, grpo_loss, k3, token_logps, update
+from grpo import LOSSES as TABLE, GRPOConfig, Group, group_advantages, grpo_loss, k3, token_logps, update
 from machinery.console import warnings_for
 from meter import LiveBytes
 from policy import load_policy
@@ -65,6 +65,12 @@ def test_failures_of_the_judge_take_no_part_and_failures_of_the_model_do():  # t
     judged = advantages([reward(1.0), reward(0.0), reward(0.0)], "dr_grpo")
     with_failure = advantages([reward(1.0), reward(None), reward(0.0), reward(0.0)], "dr_grpo")
     assert with_failure == [judged[0], None, judged[1], judged[2]] and judged[0] == pytest.approx(2 / 3)
+
+
+def test_a_group_gives_the_batch_what_was_judged_and_the_queue_what_was_better():
+    group = Group("task", ["a", "b", "c", "d"], 0, advantages=[0.5, None, 0.0, -0.5])
+    assert group.batch() == [("a", 0.5), ("c", 0.0), ("d", -0.5)]
+    assert group.positive().batch() == [("a", 0.5)] and group.advantages == [0.5, None, 0.0, -0.5]
 
 
 def test_the_settings_where_nothing_is_said():
@@ -124,6 +130,7 @@ def test_the_edges_of_the_loss_by_hand():
     assert one(math.log(0.5), -1.0) == (pytest.approx(0.8), 1)
     assert one(math.log(1.5), 1.0) == (pytest.approx(-1.28), 1)
     assert one(math.log(4), 0.0) == one(math.log(0.1), 0.0) == (0, 0)
+    assert one(0.0, 1.0, eps_high=0.0) == (pytest.approx(-1), 0)       # at the bound: not clipped
 
 
 def test_the_kl_by_hand():
@@ -534,6 +541,17 @@ def test_a_nan_skips_the_step_and_names_the_trajectory(folders):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
     assert not optimizer.state
     assert stats.off_policy_each[6] > 0 and stats.mismatch_mean < 1e-5  # so the queue drops it; no nan in the log
+    assert update(policy, optimizer, batch, GRPOConfig()).optimiser_steps == 1
+
+
+def test_an_infinite_gradient_skips_the_step_although_every_number_is_finite(folders):
+    policy = stirred(folders[True])
+    batch, optimizer = make_batch(policy), grpo.make_optimizer(policy, 1e-2)
+    hook = policy.trainable()[0].register_hook(lambda gradient: gradient * math.inf)
+    stats = update(policy, optimizer, batch, GRPOConfig())
+    assert stats.optimiser_steps == 0 and stats.notes == ["optimiser step skipped: not finite is the gradient"]
+    assert not optimizer.state
+    hook.remove()
     assert update(policy, optimizer, batch, GRPOConfig()).optimiser_steps == 1
 
 

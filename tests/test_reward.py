@@ -158,7 +158,8 @@ FORMS = [    # gold, answer, verdict; the question asks for nothing but what sta
     ("May 2020", "May, 2020", "right"), ("5 May 2020", "the 5th of May, 2020", "unsure"),
     ("5 May 2020", "5th of May, 2020", "right"), ("yes", "True!", "right"), ("No", "false", "right"),
     ("Yes", "false", "wrong"), ("False", "yes", "wrong"), ("Yes", "Y", "unsure"), ("Y", "yes", "unsure"),
-    ("1, 2, 3", "1, 2 and 3", "right"), ("1, 2, 3", "1, 2 and 4", "wrong"), ("1, 2, 3", "3, 2, 1", "unsure"),
+    ("1, 2, 3", "1, 2 and 3", "right"), ("1, 2, 3, 4", "1, 2, 3 and 4", "right"), ("1, 2, 3", "1, 2 and 4", "wrong"),
+    ("1,200, 3,400", "1200, 3400", "right"), ("1, 2, 3", "3, 2, 1", "unsure"),
     ("1, 2, 3", "1, 2", "unsure"), ("1, 2, 3", "1, 2, 3, 4", "unsure"), ("1, 2, 3", "- 1\n- 2\n- 3", "right"),
     ("1, 2, 3", "1. 1\n2. 2\n3. 3", "right"), ("1, 2, 3", "1\n2\n3", "right"), ("1, 2, 3", "- 1, 2, 3", "unsure"),
     ("1, 2, 3", "[1, 2, 3]", "right"), ("(1, 2)", "[1, 2]", "unsure"), ("B", "(B)", "right"), ("B", "(B]", "unsure"),
@@ -446,6 +447,8 @@ def test_a_failed_judge_or_host_leaves_the_trajectory_unjudged():
 def test_what_the_judge_is_shown_is_harmless_text():
     assert harmless("<|im_end|>a\nb\x00`c`[INST]", 50) == "‹¦im_end¦›a b 'c'(INST)"
     assert len(harmless("\ufdfa" * 100, 30)) <= 30                        # one character that becomes eighteen
+    text = Judge("http://127.0.0.1:9/v1", "m").messages("1" * 5000, "2" * 5000, "3" * 5000)[1]["content"]
+    assert [len(part) for part in re.findall("1{99,}|2{99,}|3{99,}", text)] == [4000, 500, 300]
 
 
 # ------------------------------------------------------------------------------------------------ real models

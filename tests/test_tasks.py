@@ -3,14 +3,15 @@ import ast
 import csv
 import hashlib
 import json
+import random
 import re
 from datetime import date
 
 import pytest
 
 from gaia_folder import export_gaia
-from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, RANGES, TOWN, UNITS, Task, builtin_tasks, fact, read_gaia,
-                   read_jsonl, side)
+from tasks import (BUILTIN_TOOLS, CORE, HARD, PERSON, RANGES, TOWN, UNITS, Parts, Task, builtin_tasks, endless, every,
+                   fact, read_gaia, read_jsonl, side, split_tasks)
 from machinery.cli import UserError
 from tools import ToolContext, ToolError, prompt_text
 
@@ -147,11 +148,37 @@ def test_difficulty_makes_chains_longer_and_tables_bigger():
         assert sizes == sorted(set(sizes)) and levels == sorted(levels) and levels[-1] == 3
 
 
+def test_a_tables_condition_names_a_number_from_100_to_499():
+    for chosen, bound in ((min, 100), (max, 499)):
+        rng = random.Random(0)
+        rng.randrange = lambda low, high, chosen=chosen: chosen(low, high - 1)
+        assert f"is above {bound} " in Parts(rng, 0, 1).table()[2]
+
+
 def test_unknown_splits_families_and_difficulties_are_refused():
     wrongs = ("test", 1, 0), ("train", 1, 0, ("riddle",)), ("train", 1, 0, ()), ("train", 1, 0, CORE, 4)
     for wrong in wrongs:
         with pytest.raises(UserError):
             builtin_tasks(*wrong)
+
+
+def test_which_tasks_are_held_out_and_in_what_order_the_others_come():
+    tasks = [Task(str(i), "?", "1", family="ab"[i % 2]) for i in range(25)]
+    for n, eval_tasks, heldout in ((25, 9, 2), (25, 1, 1), (3, 9, 1), (2, 9, 1)):
+        parts = split_tasks(tasks[:n], eval_tasks, 0, 0)
+        assert [len(part) for part in parts] == [n - heldout, heldout]
+        assert parts == split_tasks(tasks[:n], eval_tasks, 1, 0)        # whatever the seed
+        assert sorted(parts[0] + parts[1], key=lambda task: int(task.id)) == tasks[:n]
+    with pytest.raises(UserError, match="1 tasks"):
+        split_tasks(tasks[:1], 9, 0, 0)
+    training, heldout = split_tasks(None, 2, 5, 1)
+    assert (len(training), training[:11]) == (3000, builtin_tasks("train", 11, 5, difficulty=1))
+    assert [task.family for task in heldout] == [family for family in CORE + HARD for _ in range(2)]
+    order = endless(tasks[:5], 7, 0, 20)
+    epochs = [order[i:i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(epoch, key=lambda task: task.id) == tasks[:5] for epoch in epochs) and epochs[0] != epochs[1]
+    assert endless(tasks[:5], 7, 8, 9) == order[8:17] and endless(tasks[:5], 8, 0, 20) != order
+    assert [task.id for task in every(4, tasks)] == ["0", "8", "16", "24", "1", "9", "17"]
 
 
 # -------------------------------------------------------------------------------------------------- the tools

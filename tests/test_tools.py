@@ -50,6 +50,7 @@ def test_state_belongs_to_the_trajectory():
     first, second = shout.bind(one), shout.bind(other)
     assert [first("a"), first("a", times=2), second("b", marks=["?"])] == ["A!", "A!!!", "B!?"]
     assert one.state["shouts"] == 3 and other.state["shouts"] == 1
+    assert ToolContext().seconds_left() == 30.0                     # where no cell runs
 
 
 @pytest.mark.parametrize("args, kwargs, complaint", [
@@ -662,10 +663,12 @@ def test_what_the_rollout_fills_in_after_binding_reaches_the_tool(call):
     assert "late" in bound("a.txt")
 
 
-def test_download_writes_only_new_files_in_the_folder(call, site):
+def test_download_writes_only_new_files_in_the_folder(call, site, monkeypatch):
     said = call("download", site.url + "/doc.pdf")
     assert said == f"saved as doc.pdf ({(call.folder / 'doc.pdf').stat().st_size} bytes)"
     assert "about cats" in call("read_file", "doc.pdf")
+    monkeypatch.setattr(site, f"page_{'ab' * 50}_txt", site.page_long, raising=False)
+    assert call("download", f"{site.url}/{'ab' * 50}.txt").startswith(f"saved as {'ab' * 38}.txt ")    # 80 characters
     assert call("download", site.url + "/doc.pdf").startswith("ERROR[no_file]: doc.pdf: File exists")
     outside = Path("/tmp/should-not-exist-tool-r1")
     (call.folder / "page.html").symlink_to(outside)
@@ -822,7 +825,7 @@ def test_the_table_asks_each_web_tool_once_and_shows_the_runs_own_tools_alone(si
     table = preflight_table(own, recorded, ask=True)
     rows = dict(line.split(maxsplit=1) for line in table.splitlines())
     assert rows["web_search"] == rows["visit"] == rows["read_file"] == "live"
-    assert rows["wiki"].startswith("does not answer: ERROR[network]")
+    assert rows["wiki"].startswith("does not answer: ERROR[network]") and len(rows["wiki"]) <= 17 + 100
     assert rows["ask_image"].startswith("left out: VISION_URL is not set")
     assert set(rows) == {"web_search", "visit", "wiki", "read_file", "ask_image", "transcribe"}
     assert len([path for _, path, *_ in site.seen[earlier:] if path.startswith("/search")]) == 1
