@@ -109,19 +109,19 @@ def advantage(run: Run, groups: list[Group]) -> list[Group]:
 
 
 def replay(run: Run, n_fresh: int) -> list[Entry]:
-    """Queued groups in place of groups not sampled (--online-groups) or without signal; the latter up to a share."""
+    """Queued groups, in place of those not sampled (--online-groups) or, up to replay_share, without signal."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
     most = max(run.rank_groups - run.rank_online, int(run.cfg.replay_share * run.rank_groups))
     return run.queue.draw(min(most, run.rank_groups - n_fresh), run.step, rng)
 
 
 def update(run: Run, fresh: list[Group], replayed: list[Entry]):
-    """Equations (3) to (8) on one batch of new and old groups. Then the new ones enter the queue."""
-    cfg, old = run.cfg, [entry.group for entry in replayed]
+    """Equations (3) to (8) on one batch of fresh and replayed groups. Then the fresh ones enter the queue."""
+    cfg, groups = run.cfg, fresh + [entry.group for entry in replayed]
     for parameter_group in run.optimizer.param_groups:
         parameter_group["lr"] = learning_rate(cfg, run.step)
-    batch = [pair for group in fresh + old for pair in group.batch()]
-    is_fresh = [group.step == run.step for group in fresh + old for _ in group.batch()]
+    batch = [pair for group in groups for pair in group.batch()]
+    is_fresh = [group.step == run.step for group in groups for _ in group.batch()]
     with run.bar(len(batch) * cfg.epochs, f"step {run.step}: update") as bar:
         stats = grpo_update(run.policy, run.optimizer, batch, cfg, cfg.temperature, cfg.max_turns * cfg.turn_tokens,
                             is_fresh, run.step, bar, cfg.plain, rows_to_keep(run, fresh, batch))
