@@ -34,7 +34,7 @@ from executor import Executor, Limits
 from oracle import oracle
 from policy import load_policy
 from rollout import (
-    CODE, Chat, Episode, Sampling, Trajectory, build_prompt, rollout, sample_plainly, sample_tokens,
+    CODE, Chat, Episode, Sampling, Trajectory, build_prompt, read_prompt, rollout, sample_plainly, sample_tokens,
 )
 from tasks import BUILTIN_TOOLS, Task, builtin_tasks
 from machinery.cli import UserError
@@ -214,6 +214,18 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
     assert ids.tolist() == [1, 2] and logps.exp().min() > 0.49
     ids, logps = sample_tokens(logits, 0, even[:1])
     assert ids.item() == logits.argmax() and torch.allclose(logps, torch.log_softmax(logits, -1).max())
+
+
+def test_a_turns_text_and_a_users_prompt_by_hand(tmp_path):
+    chat = Chat(TOKENIZER)
+    words = chat.encode("Thought: add two numbers.")
+    assert len(words) > 3
+    assert chat.text(words + [chat.turn_end]) == chat.text(words) == "Thought: add two numbers."
+    (tmp_path / "prompt.txt").write_text("Write ```python code, then call final_answer.")
+    assert read_prompt(str(tmp_path / "prompt.txt")).startswith("Write")
+    (tmp_path / "prompt.txt").write_text("Write ```python code.")
+    with pytest.raises(UserError, match="final_answer"):
+        read_prompt(str(tmp_path / "prompt.txt"))
 
 
 @pytest.fixture(scope="module")
