@@ -130,7 +130,7 @@ def test_every_command_names_a_script_and_flags_that_it_knows(monkeypatch, capsy
 
 def test_every_flag_that_the_text_names_exists(monkeypatch, capsys):
     known = {"--security-opt", "--enable-lora"}                 # Docker's, vLLM's
-    scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench", "warm_start")]
+    scripts = [importlib.import_module(f"scripts.{name}") for name in ("data", "bench", "study_queue", "warm_start")]
     for module in (train, eval_gaia, ask, report, *scripts):
         benchmarks = (["executor"], ["rollout"], ["update"], ["step"])
         for section in benchmarks if module.__name__ == "scripts.bench" else ([],):
