@@ -6,8 +6,8 @@ what that covers; this file can be understood without it. Read in this order: `L
 as the host sees it), `Executor`, `Runner` (a cell as seen inside). Nothing here knows of models or tasks.
 
   host: the trainer        supervisor: trusted       runner: one process, runs the model's code, cell after cell
+  {"run": code} ---------------------------------->  runs the code in the session's namespace, once it goes on
   resume --------------->  lets the runner go on
-  {"run": code} ---------------------------------->  runs the code in the session's namespace
   <-----------------------------------------------   {"call": tool...}, {"answer": text...}; at last {"end": status...}
   interrupt ------------>  SIGINT ---------------->  KeyboardInterrupt, once the cell's time is up
   pause ---------------->  stops the runner, threads included; kills all else that the cell has started

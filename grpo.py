@@ -385,16 +385,16 @@ def update(
         minibatches.append(micro_batches(batch, rows, cfg.token_budget, policy.device, trees))
     policy.model.train()                                # there is no dropout; it only turns checkpointing on
     with attention(policy.model, "prefix_tree") if trees else contextlib.nullcontext():
-        for part in range(cfg.minibatches):             # halving: tries again with less after an out-of-memory
-            halving(lambda m: score(policy, m, cfg, temperature), minibatches, part, stats)
-        for part in list(range(cfg.minibatches)) * cfg.epochs:
-            trajectories = sum(len(micro.rows) for micro in minibatches[part])
-            tokens = sum(int(micro.mask.sum()) for micro in minibatches[part])
+        for index in range(cfg.minibatches):            # halving: tries again with less after an out-of-memory
+            halving(lambda m: score(policy, m, cfg, temperature), minibatches, index, stats)
+        for index in list(range(cfg.minibatches)) * cfg.epochs:
+            trajectories = sum(len(micro.rows) for micro in minibatches[index])
+            tokens = sum(int(micro.mask.sum()) for micro in minibatches[index])
             n = sum_over_ranks({"tokens": tokens, "sequences": trajectories}, policy.device)
             if n["tokens"] == 0:
                 continue                                # a step would only move Adam's momentum
             found, not_finite = halving(
-                lambda m, n=n: accumulate(policy, m, cfg, temperature, token_limit, **n), minibatches, part, stats)
+                lambda m, n=n: accumulate(policy, m, cfg, temperature, token_limit, **n), minibatches, index, stats)
             if progress is not None:
                 progress.update(trajectories)
             names = [f"{batch[i][0].task_id} sample {batch[i][0].sample}" for i in not_finite]
@@ -417,7 +417,7 @@ def split_groups(batch: Batch, minibatches: int, seed: int) -> list[list[int]]:
             groups.setdefault((trajectory.task_id, trajectory.seed), []).append(row)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    return [sum(order[part::minibatches], []) for part in range(minibatches)]
+    return [sum(order[first::minibatches], []) for first in range(minibatches)]
 
 
 def optimiser_step(policy: Policy, optimizer, cfg: GRPOConfig, stats: UpdateStats, not_finite: list[str]) -> bool:

@@ -24,6 +24,7 @@ import torch
 
 from machinery.cli import UserError, option
 from machinery.engine import Engine, fitting_slots, refusal, sample_in_slots, sampling_mode
+from machinery.folder import reading
 from tools import ToolContext, prompt_text
 
 CODE = re.compile(r"```(?:python|py)[^\S\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -156,13 +157,10 @@ class Chat:
 
 def read_prompt(file: str) -> str:
     """The text that replaces FULL. UserError if the turn protocol could not work with it."""
-    try:
+    with reading(f"--prompt {file}"):
         text = Path(file).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompt {file}: cannot be read: {error}") from error
-    missing = [word for word in ("```python", "final_answer") if word not in text]
-    if missing:
-        raise UserError(f"--prompt {file}: it must tell the model of {' and of '.join(missing)}; see rollout.py: FULL")
+        if missing := [word for word in ("```python", "final_answer") if word not in text]:
+            raise UserError(f"it must tell the model of {' and of '.join(missing)}; see rollout.py: FULL")
     return text
 
 

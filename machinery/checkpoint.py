@@ -71,11 +71,11 @@ def rows_to_keep(run, fresh: list, batch: list) -> list[int]:
 
 def log_tokens(run, groups: list, fresh: list, replayed: list, stats):
     """tokens.jsonl: the tokens of some trajectories as they were sampled, and what the loss saw of them."""
-    old = [entry.group for entry in replayed]
-    batch = [(group, t) for group in fresh + old for t, _ in group.batch()]
+    replayed_groups = [entry.group for entry in replayed]
+    batch = [(group, t) for group in fresh + replayed_groups for t, _ in group.batch()]
     in_loss = {id(batch[row][1]): columns for row, columns in stats.shown.items()}
     if kept_whole(run):
-        chosen = [(group, t) for group in groups + old for t in group.trajectories]
+        chosen = [(group, t) for group in groups + replayed_groups for t in group.trajectories]
     else:
         chosen = [batch[row] for row in rows_to_keep(run, fresh, batch)]
     texts = token_texts(run.policy.tokenizer, {i for _, t in chosen for i in t.ids})

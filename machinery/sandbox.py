@@ -13,8 +13,7 @@ inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, and `Supervis
   anonymous memory, no scheduling of others (seccomp); limits on memory, processes, open files, disk, output.
 `none` covers: an empty environment, the limits but the disk's total, the same seccomp filter, no capabilities, no
   access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on). All that a session starts is one
-  process group, which the kernel kills when the supervisor dies. Not files: code may do what the trainer's uid may.
-What neither covers stands at the top of executor.py.
+  process group, which the kernel kills when the supervisor dies. Not your files. The rest: top of executor.py.
 """
 import ctypes
 import fcntl
@@ -334,7 +333,8 @@ class Supervisor:
 
     def __init__(self, control: socket.socket, setup: dict, isolated: bool, run_cells: Callable):
         self.control, self.setup, self.isolated, self.run_cells = control, setup, isolated, run_cells
-        self.runner, self.everyone, self.kept = None, None, []  # while a runner is in use: its pid; open descriptors
+        self.runner = self.everyone = None              # the runner's pid, while it is in use
+        self.kept = []                                  # descriptors that are open as long as this runner is in use
         self.paused, self.stopped = True, False         # no cell may run; the runner's threads stand still
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

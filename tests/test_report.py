@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -294,10 +295,17 @@ def opened(browser):
 
 
 def show(page, fragment: str):
-    page.evaluate("""async fragment => {
-        location.hash = fragment;
-        await new Promise(done => setTimeout(() => requestAnimationFrame(done)));
-    }""", fragment)
+    if page.evaluate("location.hash") != f"#{fragment}":
+        follow(page, lambda: page.evaluate("fragment => { location.hash = fragment; }", fragment))
+
+
+def follow(page, act: Callable):
+    """Do what leads to another view, and wait for it: the page's own handler was registered first, so it has run."""
+    page.evaluate("""() => {
+        window.followed = new Promise(done => addEventListener("hashchange", done, {once: true}));
+    }""")
+    act()
+    page.evaluate("() => window.followed")
 
 
 def text_of(page, selector: str) -> str:
@@ -338,14 +346,14 @@ def test_hovering_a_chart_shows_the_numbers_of_its_step_in_all_charts(finished, 
 @pytest.mark.browser
 def test_from_the_run_to_a_group_to_a_trajectory_to_a_token(finished, opened):
     page, kept = opened(finished / "report.html"), lines(finished / "tokens.jsonl")
-    page.get_by_role("link", name="Groups").click()
-    page.locator(".list a").first.click()
+    follow(page, page.get_by_role("link", name="Groups").click)
+    follow(page, page.locator(".list a").first.click)
     assert page.locator(".card").count() == 4
     sampled = lines(finished / "trajectories.jsonl")
     for card, line in zip(page.locator(".card").all(), sampled):
         assert f"reward R\n{line['reward']['total']:.4g}" in card.inner_text()
         assert f"stopped by\n{line['stop_reason']}" in card.inner_text()
-    page.locator(".card a").nth(1).click()
+    follow(page, page.locator(".card a").nth(1).click)
     assert page.locator(".t").count() == len(kept[1]["ids"])
     record = next(row for row in kept if (row["task"], row["sample"]) == (sampled[1]["task"], 1))
     places = [i for i, bit in enumerate(record["mask"]) if bit]
@@ -410,28 +418,29 @@ def test_the_page_of_a_run_that_has_just_begun(copy, opened, metrics):
 def test_search_and_filters(finished, opened):
     page, sampled = opened(finished / "report.html", "groups"), lines(finished / "trajectories.jsonl")
 
-    def count() -> int:
-        page.wait_for_timeout(200)
-        return int(text_of(page, "main [role=status]").split()[0])
-    assert count() == len(sampled)
+    def shows(rows: int):
+        page.locator("main [role=status]", has_text=re.compile(rf"^{rows} traj")).wait_for(timeout=10_000)
+    shows(len(sampled))
     word = sampled[0]["question"].split()[-1]
     page.locator("#search").fill(word.upper())
-    assert count() == sum(word.lower() in json.dumps(line).lower() for line in sampled) > 0
+    found = sum(word.lower() in json.dumps(line).lower() for line in sampled)
+    assert 0 < found < len(sampled)
+    shows(found)
     page.locator("#search").fill("no such text anywhere")
-    assert count() == 0 and page.locator(".list a").count() == 0
+    shows(0)
+    assert page.locator(".list a").count() == 0
     page.get_by_role("button", name="Clear").click()
     page.locator("select[data-filter=outcome]").select_option("right")
-    assert count() == sum(line["reward"]["answer"] == 1 for line in sampled)
+    shows(sum(line["reward"]["answer"] == 1 for line in sampled))
     page.locator("select[data-filter=step]").select_option("2")
-    assert count() == sum(line["reward"]["answer"] == 1 and line["step"] == 2 for line in sampled)
+    shows(sum(line["reward"]["answer"] == 1 and line["step"] == 2 for line in sampled))
     page.get_by_role("button", name="Clear").click()
     for name, key in (("stop", "stop_reason"), ("family", "family")):
         page.locator(f"select[data-filter={name}]").select_option(sampled[0][key])
-        assert count() == sum(line[key] == sampled[0][key] for line in sampled)
+        shows(sum(line[key] == sampled[0][key] for line in sampled))
         page.get_by_role("button", name="Clear").click()
     page.locator("select[data-filter=tool]").select_option("lookup")
-    assert count() == sum("lookup(" in (step["code"] or "") for line in sampled
-                          for step in [{"code": "".join(step["code"] or "" for step in line["steps"])}])
+    shows(sum("lookup(" in "".join(step["code"] or "" for step in line["steps"]) for line in sampled))
 
 
 @pytest.mark.browser
@@ -449,12 +458,9 @@ def test_with_a_keyboard_alone(finished, opened):
     page.keyboard.press("ArrowLeft")
     assert "step 2" in text_of(page, "#status")
     page.reload()
-    tab_to("#nav-groups")
-    page.keyboard.press("Enter")
-    tab_to(".list a")
-    page.keyboard.press("Enter")
-    tab_to(".card a")
-    page.keyboard.press("Enter")
+    for selector in ("#nav-groups", ".list a", ".card a"):
+        tab_to(selector)
+        follow(page, lambda: page.keyboard.press("Enter"))
     tab_to(".t")
     first = int(text_of(page, "[data-number=position]"))
     page.keyboard.press("ArrowRight")
@@ -503,17 +509,14 @@ def test_a_failure_category_leads_to_its_questions(evaluated, opened):
     assert f"{100 * results['accuracy']:.1f} %" in text_of(page, "main")
     for category, n in results["categories"].items():
         show(page, "run")
-        page.get_by_role("button", name=category, exact=True).click()
-        page.locator("main [role=status]").wait_for()
+        follow(page, page.get_by_role("button", name=category, exact=True).click)
         assert text_of(page, "main [role=status]").startswith(f"{n} traj") and n == sum(
             record["category"] == category for record in records)
     show(page, "run")
-    page.get_by_role("button", name="level 2").click()
-    page.locator("main [role=status]").wait_for()
+    follow(page, page.get_by_role("button", name="level 2").click)
     assert int(text_of(page, "main [role=status]").split()[0]) == sum(record["level"] == "2" for record in records)
-    page.locator(".list a").first.click()
-    page.locator(".card a").first.click()
-    page.locator(".t").first.wait_for()
+    follow(page, page.locator(".list a").first.click)
+    follow(page, page.locator(".card a").first.click)
     assert page.locator(".t").count() > 40
 
 
@@ -629,7 +632,7 @@ def test_hostile_text_is_shown_and_does_nothing(hostile, opened):
         nothing_acted(page)
     show(page, "groups")
     page.locator("#search").fill("onerror")
-    page.wait_for_timeout(300)
+    page.locator("main [role=status]", has_text=re.compile(" of ")).wait_for()            # not all are shown any more
     assert 0 < page.locator(".list a").count() < len(INJECTIONS)
     for name in ("family", "stop"):
         assert page.locator(f"select[data-filter={name}] option").count() > 40
@@ -662,7 +665,7 @@ def test_hostile_text_in_an_evaluation(evaluated, tmp_path, opened):
     page = opened(report.write(out))
     for bad in map(json.dumps, INJECTIONS):
         assert page.evaluate(RECOVERED, [".shares .name", bad])
-    page.locator(".shares button", has_text="<img src=x").last.click()
+    follow(page, page.locator(".shares button", has_text="<img src=x").last.click)
     assert page.locator(".list a").count() == 1
     nothing_acted(page)
     for i, bad in enumerate(map(json.dumps, INJECTIONS)):
