@@ -51,7 +51,7 @@ TINY = Preset("short", {
 
 SMALL = Preset("full", {        # for SmolLM2-135M after its warm start, on two CPU cores; no whole run yet
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 6, "resample": 1,
-    "steps": 12, "lr": 3e-4, "warmup": 2, "beta": 0.0, "eval_every": 6, "eval_tasks": 8})
+    "steps": 12, "lr": 3e-4, "warmup": 2, "beta": 0.0, "token_budget": 2048, "eval_every": 6, "eval_tasks": 8})
 
 
 def preset_for(parameters: int) -> Preset:
@@ -162,6 +162,13 @@ def need_bf16():
         raise UserError(f"{torch.cuda.get_device_name()} cannot compute in bf16: RTX 30xx and newer cards can")
 
 
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16. They take half the time of those in fp32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def never_repack(model: torch.nn.Module):
     """On CPUs with AVX512-BF16 bitsandbytes repacks NF4 weights in the first eval forward, and no training
     forward can read them afterwards. This is the attribute that it asks before it does so."""
@@ -221,8 +228,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
                 dtype: torch.dtype | None = None, lora_rank: int = LORA_RANK, any_base: bool = False) -> Policy:
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
-    quantize: see in_nf4. dtype: of the base; default: bf16 on a GPU from 50 million parameters on, else fp32. The GPU
-    is torch's current one. UserError for whatever a user can get wrong.
+    quantize: see in_nf4. dtype: of the base; default: from 50 million parameters on bf16, if the device computes it
+    well, else fp32. The GPU is torch's current one. UserError for whatever a user can get wrong.
     """
     name, config, on_gpu = resolve_model(model), model_config(model), torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -236,7 +243,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
         need_gpu(f"{name} has {parameters / 1e9:.1f}e9 parameters")
     nf4 = in_nf4(quantize, parameters, on_gpu)
     if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
-        dtype = torch.bfloat16 if on_gpu and parameters >= 50e6 else torch.float32
+        half = parameters >= 50e6 and (on_gpu or not nf4 and cpu_computes_bf16())
+        dtype = torch.bfloat16 if half else torch.float32
     if dtype == torch.bfloat16 and on_gpu:
         need_bf16()
     base = load_base(name, nf4, device, dtype, away)
@@ -244,7 +252,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)
     if adapter and not any_base:    # shapes alone do not tell Base, Instruct and Coder of one size apart
         check_base(Path(adapter), name, weights)
-    if parameters >= 50e6:          # each block is computed again in the backward pass; in train mode only
+    if parameters >= 300e6:         # each block is computed again in the backward pass; in train mode only
         network.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(network.eval(), tokenizer, device, name, preset_for(parameters), weights)
 

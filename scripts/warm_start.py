@@ -197,7 +197,7 @@ def warm_start(base: str, args, steps: int):
     """LoRA on `steps` batches of demonstrations, then merged. The same command goes on after an interruption. base: a
     hub id or a folder. args: see main."""
     seed, lr, out = args.seed, args.lr, args.out
-    policy = load_policy(base, "none", seed=seed, dtype=torch.float32)
+    policy = load_policy(base, "none", seed=seed)
     prompt = args.prompt and read_prompt(args.prompt)
     chat, progress = Chat(policy.tokenizer), Path(f"{out}.partial.safetensors")
     settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
@@ -219,7 +219,7 @@ def warm_start(base: str, args, steps: int):
                 keep(progress, policy, optimizer, settings, step + 1)
                 bar.write(f"step {step + 1}/{steps} loss {loss:.3f} {spent:.0f} CPU-s")
             bar.update(1)
-    merged = policy.model.eval().merge_and_unload()     # in fp32: the adapter of the training to come begins at 0
+    merged = policy.model.float().eval().merge_and_unload()     # fp32: bf16 would round most of the adapter away
     merged.save_pretrained(f"{out}.new")
     policy.tokenizer.save_pretrained(f"{out}.new")
     os.replace(f"{out}.new", out)                       # whole or not at all

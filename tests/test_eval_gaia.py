@@ -89,6 +89,7 @@ def test_summary_by_hand():
     assert {k: v["n"] for k, v in s["attachments"].items()} == {".csv": 1, ".pdf": 1, "none": 2}
     assert s["text_only"]["accuracy"] == 0.5 and s["text_only"]["n"] == 2 and "pass_at_k" not in s
     assert s["categories"] == {"right": 2, "step_limit": 1, "wrong": 1}
+    assert eval_gaia.share([rec("a", llm=True), rec("b"), rec("c", llm=False)])["llm"] == 1 / 3
 
 
 def test_the_llm_judges_every_answer_beside_the_other_judges():
@@ -284,6 +285,14 @@ def test_built_in_tasks_and_an_evaluation_with_other_settings_moved_aside(here, 
     assert main(["--limit", "6", "--seed", "1", "--out", "ev"]) == 0
     assert "moved to ev.1" in capsys.readouterr().out and (here / "ev.1" / "trajectories.jsonl").read_text() == first
     assert main(["--compare", "ev.1", "ev"]) == 0 and '"mcnemar_p"' in capsys.readouterr().out
+
+
+def test_verdicts_of_an_llm_are_kept_with_their_records(here):
+    with Server(lambda said: "VERDICT: CORRECT") as server:
+        assert main(["--limit", "4", "--judge", server.url, "--judge-model", "m", "--out", "ev"]) == 0
+    records, asked = read_records(here / "ev" / "trajectories.jsonl"), len(server.requests)
+    assert len(records) == 4 and sum(r["llm"] is True for r in records) == asked > 0
+    assert json.loads((here / "ev" / "results.json").read_text())["llm"] == asked / 4
 
 
 def test_the_settings_of_training_are_used_for_its_checkpoint(here, capsys):

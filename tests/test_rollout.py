@@ -212,6 +212,9 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     ids, logps = sample_tokens(torch.tensor([[-200.0, 0.0, 0.0, -200.0]] * 2), 1.0, edges)
     assert ids.tolist() == [1, 2] and logps.exp().min() > 0.49
+    for n in range(3, 30):              # the probabilities of n equal tokens do not add up to 1 exactly
+        ids, _ = sample_tokens(torch.tensor([[0.0] * n + [-200.0]]), 1.0, edges[1:])
+        assert ids.item() == n - 1
     ids, logps = sample_tokens(logits, 0, even[:1])
     assert ids.item() == logits.argmax() and torch.allclose(logps, torch.log_softmax(logits, -1).max())
 
@@ -346,6 +349,7 @@ def test_a_task_that_comes_twice_in_a_rollout_gets_other_random_streams(tiny, ex
     one, two = rollout(tiny, [task, task], executor, BUILTIN_TOOLS, tiny_sampling(tiny), 4, 0)
     alone, = rollout(tiny, [task], executor, BUILTIN_TOOLS, tiny_sampling(tiny), 4, 0)
     assert [t.ids for t in one] == [t.ids for t in alone] != [t.ids for t in two]
+    assert [{t.seed for t in group} for group in (one, two)] == [{0}, {1}]
 
 
 def test_deterministic_runs_are_bit_equal_although_tools_are_late(tiny, executor):
