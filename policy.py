@@ -49,9 +49,10 @@ TINY = Preset("short", {
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 512, "observation_tokens": 64, "groups": 12, "steps": 50,
     "lr": 1e-3, "schedule": "cosine", "minibatches": 3, "token_budget": 2048, "eval_every": 25, "eval_tasks": 52})
 
-SMALL = Preset("full", {        # for SmolLM2-135M after its warm start, on two CPU cores; no whole run yet
-    "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 6, "resample": 1,
-    "steps": 12, "lr": 3e-4, "warmup": 2, "beta": 0.0, "token_budget": 2048, "eval_every": 6, "eval_tasks": 8})
+SMALL = Preset("full", {        # for SmolLM2-135M after its warm start, on two CPU cores
+    "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 12,
+    "online_groups": 8, "replay": "positive", "half_life": 8.0, "max_age": 16, "resample": 1, "steps": 12, "lr": 4e-4,
+    "warmup": 2, "epochs": 2, "minibatches": 2, "beta": 0.0, "token_budget": 2048, "eval_every": 8, "eval_tasks": 6})
 
 
 def preset_for(parameters: int) -> Preset:

@@ -337,6 +337,7 @@ def settle(cfg: Config, given: set[str]) -> tuple[Config, set[str]]:
     if cfg.resume:
         return resumed(cfg, given), given | {"context_tokens"}
     settings = preset_for(sum(parameter_counts(model_config(cfg.model)))).settings
+    given = given | {"online_groups"} if "groups" in given else given    # the size's own fits the size's --groups alone
     for name in settings.keys() - given:
         setattr(cfg, name, settings[name])
     cfg.decay_steps = cfg.decay_steps or settings.get("steps", Config.steps)

@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--base", help="hub id, folder or FILE.gguf; default: the built-in model, from random weights")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimiser steps on demonstrations (default: 24; built-in: 2000)")
+    parser.add_argument("--steps", type=int, help="optimiser steps on demonstrations (default: 48; built-in: 2000)")
     parser.add_argument("--batch", type=int, default=16, help="with --base: demonstrations per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="with --base: learning rate of the adapter")
     parser.add_argument("--prompt", help="with --base: FILE with the system text, as for train.py")
@@ -340,7 +340,7 @@ def main() -> None:
         if base.endswith(".gguf"):
             base = folder
             convert_gguf(Path(args.base), Path(folder))
-        warm_start(base, args, args.steps or 24)
+        warm_start(base, args, args.steps or 48)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from eval_gaia import (Evaluation, announce, ask_llm, batches, category_of, choo
                        read_records, record_of, summary, vote)
 from gaia_folder import export_gaia
 from machinery.statistics import mcnemar, paired_bootstrap, pass_at_k, wilson
+from policy import Preset
 from reward import Judge
 from rollout import Sampling, Turn, Trajectory
-from tasks import Task, builtin_tasks, read_gaia
+from tasks import BUILTIN_TOOLS, Task, builtin_tasks, read_gaia
 from machinery.cli import UserError
 from tools import Call, load_tools, open_web
 
@@ -293,6 +294,19 @@ def test_verdicts_of_an_llm_are_kept_with_their_records(here):
     records, asked = read_records(here / "ev" / "trajectories.jsonl"), len(server.requests)
     assert len(records) == 4 and sum(r["llm"] is True for r in records) == asked > 0
     assert json.loads((here / "ev" / "results.json").read_text())["llm"] == asked / 4
+
+
+def test_web_tools_are_for_gaia_and_for_models_that_read_their_documentation(here, monkeypatch):
+    tasks, tiny, names = gaia(here / "GAIA"), eval_gaia.load_policy("tiny"), {}
+    monkeypatch.setattr(eval_gaia, "check_context", lambda *_: None)          # the tiny model has too few positions
+    for prompt in ("short", "full"):
+        policy = replace(tiny, preset=Preset(prompt, tiny.preset.settings))
+        monkeypatch.setattr(eval_gaia, "load_policy", lambda *_, policy=policy, **__: policy)
+        for where in ([], ["--gaia-dir", "GAIA"]):
+            evaluation = eval_gaia.prepare(parse_args(where), eval_gaia.training_run(None), tasks)
+            names[prompt, len(where)] = {tool.name for tool in evaluation.tools}
+    assert names["short", 0] == names["short", 2] == names["full", 0] == {tool.name for tool in BUILTIN_TOOLS}
+    assert {"visit", "find"} <= names["full", 2]
 
 
 def test_the_settings_of_training_are_used_for_its_checkpoint(here, capsys):

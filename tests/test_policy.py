@@ -273,8 +273,19 @@ def test_parameter_counts_are_the_models_own(tmp_path):
 
 def test_presets_by_size(folder):
     assert load_policy(str(folder)).preset.prompt == "short"
-    assert preset_for(135_000_000).settings["lr"] == 3e-4 and preset_for(490_000_000).settings == {"lr": 5e-5}
+    assert preset_for(135_000_000).settings["lr"] == 4e-4 and preset_for(490_000_000).settings == {"lr": 5e-5}
     assert preset_for(7_600_000_000).settings["lr"] == 1e-5 and preset_for(7_600_000_000).prompt == "full"
+
+
+def test_the_base_is_in_bf16_from_50_million_parameters_on_if_the_cpu_computes_it(folder, monkeypatch):
+    monkeypatch.setattr(policy_module, "parameter_counts", lambda config: (5e7, 0))
+    for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(policy_module, "cpu_computes_bf16", lambda able=able: able)
+        policy = load_policy(str(folder))
+        assert policy.model.dtype == dtype and {p.dtype for p in policy.trainable()} == {torch.float32}
+        assert load_policy(str(folder), "nf4").model.dtype == torch.float32     # bitsandbytes would repack it
+    monkeypatch.setattr(policy_module, "parameter_counts", lambda config: (4e7, 0))
+    assert load_policy(str(folder)).model.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------- the memory plan

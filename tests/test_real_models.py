@@ -43,7 +43,7 @@ def qwen():
 
 @pytest.fixture(scope="module")
 def smol():
-    return load_policy(str(fetched(smollm2)))
+    return load_policy(str(fetched(smollm2)), dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------- the tokenizer of Qwen2.5
@@ -95,7 +95,7 @@ def test_a_qwen2_at_full_vocabulary_takes_the_whole_path(qwen, tmp_path):
     read = tokenizer.decode(json.loads(first)["trajectory"]["ids"])
     assert read.startswith("<|im_start|>system\nWrite one ```python block") and "lookup(name: str" in read
     stranger = peft.AutoPeftModelForCausalLM.from_pretrained(out).eval()
-    ours = load_policy(str(folder), adapter=out)
+    ours = load_policy(str(folder), adapter=out, dtype=torch.float32)
     ids = torch.tensor([ours.tokenizer.encode("What is the area of Kavodu?")])
     with torch.no_grad():
         assert torch.equal(stranger(ids).logits, ours.model(ids).logits)

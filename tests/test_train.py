@@ -19,6 +19,7 @@ import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import train
 from machinery import checkpoint, console
@@ -570,6 +571,14 @@ def test_a_setting_has_one_definition():
     assert {"Sampling", "GRPOConfig"} <= {section.__name__ for section in sections}
     for preset in (TINY, SMALL, preset_for(7_600_000_000)):
         assert preset.settings.keys() <= set(names)
+
+
+def test_a_given_number_of_groups_replaces_the_sizes_own_share_of_online_groups(tmp_path):
+    LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True).save_pretrained(tmp_path)
+    for flags, expected in (([], (12, 8)), (["--groups", "4"], (4, None)), (["--online-groups", "2"], (12, 2))):
+        cfg, _ = train.settle(*parse_args(["--model", str(tmp_path), *flags]))
+        assert (cfg.groups, cfg.online_groups) == expected
 
 
 def test_choices_without_a_flag_are_set_by_name_and_checked(capsys, tmp_path):
