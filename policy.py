@@ -51,7 +51,7 @@ TINY = Preset("short", {
 
 SMALL = Preset("full", {        # for SmolLM2-135M after its warm start, on two CPU cores
     "max_turns": 4, "turn_tokens": 96, "context_tokens": 1536, "observation_tokens": 256, "groups": 12,
-    "online_groups": 8, "replay": "positive", "half_life": 8.0, "max_age": 16, "resample": 1, "steps": 12, "lr": 4e-4,
+    "online_groups": 8, "replay": "positive", "half_life": 8.0, "max_age": 16, "resample": 1, "steps": 8, "lr": 4e-4,
     "warmup": 2, "epochs": 2, "minibatches": 2, "beta": 0.0, "token_budget": 2048, "eval_every": 8, "eval_tasks": 6})
 
 
