@@ -244,8 +244,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
         need_gpu(f"{name} has {parameters / 1e9:.1f}e9 parameters")
     nf4 = in_nf4(quantize, parameters, on_gpu)
     if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
-        half = parameters >= 50e6 and (on_gpu or not nf4 and cpu_computes_bf16())
-        dtype = torch.bfloat16 if half else torch.float32
+        able = on_gpu or (cpu_computes_bf16() and not nf4)     # NF4 on a CPU was only ever run in fp32
+        dtype = torch.bfloat16 if able and parameters >= 50e6 else torch.float32
     if dtype == torch.bfloat16 and on_gpu:
         need_bf16()
     base = load_base(name, nf4, device, dtype, away)
@@ -253,7 +253,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     network = load_adapter(base, Path(adapter)) if adapter else new_adapter(base, seed, lora_rank)
     if adapter and not any_base:    # shapes alone do not tell Base, Instruct and Coder of one size apart
         check_base(Path(adapter), name, weights)
-    if parameters >= 300e6:         # each block is computed again in the backward pass; in train mode only
+    # each block is computed again in the backward pass, in train mode only; on a GPU the memory plan counts on it
+    if parameters >= (50e6 if on_gpu else 300e6):
         network.activation_checkpointing_enable({"use_reentrant": False})
     return Policy(network.eval(), tokenizer, device, name, preset_for(parameters), weights)
 

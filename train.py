@@ -192,7 +192,6 @@ def evaluate(run: Run, full: bool) -> dict:
     }
     if full:
         right["pass@8"] = solve(run, eighth, "pass@8", 1.0, 8)
-
     seconds = round(time.perf_counter() - start, 2)
     return console.heldout_metrics(run, tasks, quick, right) | {"evaluation_seconds": seconds}
 
@@ -337,7 +336,8 @@ def settle(cfg: Config, given: set[str]) -> tuple[Config, set[str]]:
     if cfg.resume:
         return resumed(cfg, given), given | {"context_tokens"}
     settings = preset_for(sum(parameter_counts(model_config(cfg.model)))).settings
-    given = given | {"online_groups"} if "groups" in given else given    # the size's own fits the size's --groups alone
+    if "groups" in given:           # the size's --online-groups fits the size's --groups alone
+        given = given | {"online_groups"}
     for name in settings.keys() - given:
         setattr(cfg, name, settings[name])
     cfg.decay_steps = cfg.decay_steps or settings.get("steps", Config.steps)

@@ -62,12 +62,11 @@ def bench_step(args) -> dict:
     if sides == tuple(TOKEN_BUDGET):
         print("TRL: not measured (python -m pip install 'trl==1.16.*')")
         return found
-    best = {}                                               # (whose, what): of the better of two settings
-    for what in ("seconds", "gib"):
-        for whose in ("ours", "TRL"):
-            best[whose, what] = min(found[side][what] for side in sides if side.startswith(whose))
-    ratios = {"time_ratio": best["TRL", "seconds"] / best["ours", "seconds"],
-              "memory_ratio": best["ours", "gib"] / best["TRL", "gib"]}
+
+    def least(whose: str, what: str) -> float:
+        return min(found[side][what] for side in sides if side.startswith(whose))
+    ratios = {"time_ratio": least("TRL", "seconds") / least("ours", "seconds"),
+              "memory_ratio": least("ours", "gib") / least("TRL", "gib")}
     print("  ".join(f"{name} {value:.3g}" for name, value in ratios.items()))
     return found | ratios
 

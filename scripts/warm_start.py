@@ -219,7 +219,7 @@ def warm_start(base: str, args, steps: int):
                 keep(progress, policy, optimizer, settings, step + 1)
                 bar.write(f"step {step + 1}/{steps} loss {loss:.3f} {spent:.0f} CPU-s")
             bar.update(1)
-    merged = policy.model.float().eval().merge_and_unload()     # fp32: bf16 would round most of the adapter away
+    merged = policy.model.float().eval().merge_and_unload()     # in fp32, so that nothing is rounded here
     merged.save_pretrained(f"{out}.new")
     policy.tokenizer.save_pretrained(f"{out}.new")
     os.replace(f"{out}.new", out)                       # whole or not at all

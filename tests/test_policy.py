@@ -288,6 +288,13 @@ def test_the_base_is_in_bf16_from_50_million_parameters_on_if_the_cpu_computes_i
     assert load_policy(str(folder)).model.dtype == torch.float32
 
 
+def test_on_a_cpu_blocks_are_computed_again_from_300_million_parameters_on(folder, monkeypatch):
+    for parameters, expected in ((2e8, False), (3e8, True)):
+        monkeypatch.setattr(policy_module, "parameter_counts", lambda config, n=parameters: (n, 0))
+        blocks = load_policy(str(folder)).model.get_base_model().model.layers
+        assert {block.gradient_checkpointing for block in blocks} == {expected}
+
+
 # ---------------------------------------------------------------------------------------------------- the memory plan
 
 
