@@ -10,14 +10,13 @@ as the host sees it), `Executor`, `Runner` (a cell as seen inside). Nothing here
   resume --------------->  lets the runner go on
   <-----------------------------------------------   {"call": tool...}, {"answer": text...}; at last {"end": status...}
   interrupt ------------>  SIGINT ---------------->  KeyboardInterrupt, once the cell's time is up
-  pause ---------------->  stops the runner, threads included; kills all else that the cell has started
+  pause ---------------->  stops the runner, threads included; kills all else of the cell. The host does not wait for it
   start ---------------->  kills all; forks a new runner, if the cell was killed or has crashed
 
 Two sockets lead to a session: `control` to the supervisor; `wire` to the runner, where all that comes is hostile: it is
 bounded and checked. Output goes to a file in memory that the host owns. Clock and status are the host's; a runner can
-only claim that its code raised nothing, which any code can have with `except: pass`.
-An interrupted cell keeps its variables. A killed or crashed cell restarts the session: variables are lost; the working
-directory and its files stay, attachments as code left them.
+only claim that its code raised nothing, which any code can have with `except: pass`. An interrupted cell keeps its
+variables. A killed or crashed one restarts the session: variables are lost, the working directory and its files stay.
 
 Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout and stderr as new, and ends
 with its processes; threads stand still between cells. Nothing runs at the exit. `__file__` names no file. There is no
@@ -108,9 +107,8 @@ class Session(AbstractContextManager):
 
     def __init__(self, executor: "Executor", tools: Mapping[str, Callable], files: Mapping[str, Path | bytes]):
         self.executor, self.tools, self.limits = executor, dict(tools), executor.limits
-        self.files, self.tool_calls, self.workdir = dict(files), 0, None
-        if executor.base is not None:                   # sandbox "none": the directory is the host's to see
-            self.workdir = Path(tempfile.mkdtemp(dir=executor.base))
+        self.files, self.tool_calls, base = dict(files), 0, executor.base
+        self.workdir = Path(tempfile.mkdtemp(dir=base)) if base else None   # sandbox "none": the host sees it
         self._lock, self._deadline, self._control, self._wire = threading.Lock(), 0.0, None, None
         self._output = open(os.memfd_create("output"), "r+b", buffering=0)
         self._start(self.files)
@@ -158,7 +156,6 @@ class Session(AbstractContextManager):
             end = self._listen(code, result)
             late = self.seconds_left() == 0.0
             self._control.send(b"pause")
-            self._report()
         except Exception as lost:                       # not only what we expect: see `execute`
             result.status, reason = lost.args if isinstance(lost, CellLost) else ("crashed", "its process is gone")
             if self.seconds_left() == 0.0:
@@ -179,7 +176,7 @@ class Session(AbstractContextManager):
         A frame counts only if it bears the cell's token: what was written before the cell began cannot."""
         interrupts, token = 0, secrets.token_hex(8)
         self._inbox.clear()
-        with suppress(BlockingIOError):                 # all is stopped: what the last cell has left ends here
+        with suppress(BlockingIOError):                 # what the last cell has left
             while os.read(self._wire.fileno(), 1 << 20):
                 pass
         send_frame(self._wire, {"run": code, "token": token})      # it waits there until the runner goes on
@@ -297,22 +294,21 @@ class Session(AbstractContextManager):
         self._wire.settimeout(self.limits.grace / 2)    # a runner may refuse to read
         with inside:
             socket.send_fds(self._control, [b"start"], [inside.fileno(), self._output.fileno()])
-        report = ""
-        while report != "started":
+        while True:
             with suppress(CellLost):                    # there may be reports of the last runner before it
-                report = self._report()
+                self._report()
+                break
         self._inbox, self._poll = bytearray(), select.poll()
         self._poll.register(self._control, select.POLLIN)
         self._poll.register(self._wire, select.POLLIN)
 
-    def _report(self) -> str:
-        """The supervisor's next report: "started" or "paused". CellLost: the runner has died, or used too much."""
+    def _report(self) -> None:
+        """Take the supervisor's next report. CellLost: the runner has died, or used too much. Else it has started."""
         report = self._control.recv(1 << 16).decode()
         if not report or report.startswith("failed"):
             raise ConnectionError(report or "the session's supervisor is gone")
         if " " in report:
             raise CellLost(*report.split(" ", 1))
-        return report
 
     def _stop(self) -> None:
         """Close the host's ends: the supervisor kills all processes, and exits."""
@@ -399,20 +395,12 @@ class Runner:
         os.environ.update(HOME=os.getcwd(), TMPDIR="/tmp" if getppid() == 1 else os.getcwd(), USER="user")
         tools = {name: self.tool(name, doc) for name, doc in setup["tools"].items()}
         vars(self.main).update(tools, final_answer=self.final_answer, ToolError=ToolError, __builtins__=builtins)
+        self.make_ready()
 
     def run(self, code: str) -> None:
-        """Run one cell and send its `end`."""
+        """Run one cell and send its `end`; then, while the host goes on, make ready for the next one."""
         self.cell, self.interrupts, self.lock = self.cell + 1, 0, threading.Lock()
         value = error = None
-        with suppress(OSError):                         # the code has closed it: its output is lost
-            dup2(self.output, 1), dup2(self.output, 2)
-        streams = [                                     # unbuffered, whatever the last cell did to them
-            io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
-            for descriptor in (1, 2)]
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams
-        if getattr(sys.stdin, "closed", True):          # exit() closes it
-            sys.stdin = open(0, closefd=False)
-        signal(SIGINT, self.on_interrupt)
         pthread_sigmask(SIG_UNBLOCK, {SIGINT})
         self.in_cell = self.armed = True
         try:
@@ -435,6 +423,18 @@ class Runner:
             self.in_cell = False                        # from here on no thread may call
             send_frame(self.wire, {
                 "end": "error" if error else "ok", "value": value, "error": error, "token": self.token})
+        self.make_ready()
+
+    def make_ready(self) -> None:
+        """Streams and handler as a cell finds them, whatever the last one did to them."""
+        with suppress(OSError):                         # the code has closed it: its output is lost
+            dup2(self.output, 1), dup2(self.output, 2)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = [     # unbuffered
+            io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
+            for descriptor in (1, 2)]
+        if getattr(sys.stdin, "closed", True):          # exit() closes it
+            sys.stdin = open(0, closefd=False)
+        signal(SIGINT, self.on_interrupt)
 
     def execute(self, code: str) -> str | None:
         """Run the code in the module __main__; returns the repr of a last bare expression."""

@@ -328,7 +328,7 @@ def seccomp_program(machine: str, isolated: bool) -> bytes:
 class Supervisor:
     """Does what the host requests ("start", "resume", "interrupt", "pause"), and watches the runner.
 
-    Reports: "started", "paused", "crashed <reason>", "killed <reason>"; "failed <reason>": it cannot go on itself.
+    Reports: "started", "crashed <reason>", "killed <reason>"; "failed <reason>": it cannot go on itself.
     `everyone` is what one kill() reaches without a race with forks: the namespace, or the runner's process group."""
 
     def __init__(self, control: socket.socket, setup: dict, isolated: bool, run_cells: Callable):
@@ -345,7 +345,8 @@ class Supervisor:
         """Until the host closes its end of the control socket, or has ended."""
         while True:
             ready = select.select([self.control, self.events], [], [], None if self.paused else 0.05)[0]
-            self.reap()
+            if ready != [self.control]:                 # an event, or none for 0.05 s
+                self.reap()
             if not self.paused and time.monotonic() > self.next_look and (excess := self.overuse()):
                 self.lose(f"killed it had too {excess}")
             if self.control not in ready:
@@ -391,7 +392,6 @@ class Supervisor:
     def pause(self) -> None:
         """Stop everyone. Then, while the host goes on: kill all but the runner, until it stands still and is alone."""
         os.kill(self.everyone, signal.SIGSTOP)
-        self.control.send(b"paused")
         until = time.monotonic() + self.setup["grace"]
         while self.runner is not None and not self.paused:
             started = kill_others(self.runner)
