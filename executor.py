@@ -45,7 +45,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
-from os import _exit, dup2, getpid, getppid             # by name: model code may patch modules
+from os import _exit, dup2, getpid, getppid, read       # by name: model code may patch modules
 from pathlib import Path
 from signal import SIG_BLOCK, SIG_UNBLOCK, SIGINT, pthread_sigmask, signal
 from traceback import TracebackException
@@ -367,15 +367,15 @@ def cut(text: str, limit: int) -> str:
 
 # --- inside: the runner. Whatever it says is hostile, because model code runs in the same process ---
 
-def run_cells(wire: socket.socket, output: int, setup: dict) -> None:
+def run_cells(wire: socket.socket, resumed: int, output: int, setup: dict) -> None:
     """All that a runner's process does, until it is killed. Does not return."""
     try:
         runner = Runner(wire, output, setup)
-        while True:
-            frame = runner.read()
-            if "run" in frame:                          # else a reply that came too late for its call
-                runner.token = frame["token"]
-                runner.run(frame["run"])
+        while read(resumed, 1):                         # until then the last cell is not over
+            while "run" not in (frame := runner.read()):
+                pass                                    # a reply that came too late for its call
+            runner.token = frame["token"]
+            runner.run(frame["run"])
     finally:
         _exit(1)
 

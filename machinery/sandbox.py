@@ -337,9 +337,8 @@ class Supervisor:
         self.kept = []                                  # descriptors that are open as long as this runner is in use
         self.paused, self.stopped = True, False         # no cell may run; the runner's threads stand still
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        mask = (1 << signal.SIGCHLD - 1).to_bytes(128, "little")
-        self.events = libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC)     # readable: a child ends, stops, goes on
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})      # `events`: a child ends, stops, goes on
+        self.events = libc.signalfd(-1, (1 << signal.SIGCHLD - 1).to_bytes(128, "little"), os.O_NONBLOCK | os.O_CLOEXEC)
 
     def loop(self) -> None:
         """Until the host closes its end of the control socket, or has ended."""
@@ -367,22 +366,25 @@ class Supervisor:
             os.close(self.kept.pop())
         os.makedirs(self.setup["workdir"], exist_ok=True)       # code may have removed it
         os.chdir(self.setup["workdir"])
+        resumed, resume = os.pipe()                     # a byte per cell: no runner begins the next one before its time
+        os.set_blocking(resume, False)
         if (runner := os.fork()) == 0:
             os.setsid()                                 # a group to kill; and one to schedule (sched_autogroup)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-            os.close(self.control.detach())
-            os.close(self.events)
+            for descriptor in (self.control.detach(), self.events, resume):
+                os.close(descriptor)
             confine(self.isolated)
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)     # code may look at its own /proc/self
-            self.run_cells(socket.socket(fileno=wire), output, self.setup)
+            self.run_cells(socket.socket(fileno=wire), resumed, output, self.setup)
         os.close(output)
-        self.kept = [wire, *lifeline(runner)]           # the wire: so its end is not the sign of a death
+        self.kept = [resume, resumed, wire, *lifeline(runner)]  # the wire: so its end is not the sign of a death
         self.runner, self.everyone, self.stopped = runner, -1 if self.isolated else -runner, False
         self.control.send(b"started")
 
     def resume(self) -> None:
         """Let the runner go on with a cell. It stood still, and alone, since the pause, or `reap` has killed it."""
         self.paused, self.next_look = False, time.monotonic() + 0.1
+        os.write(self.kept[0], b"1")
         os.kill(self.runner, signal.SIGCONT)
 
     def interrupt(self) -> None:
@@ -390,19 +392,17 @@ class Supervisor:
             os.kill(self.runner, number)
 
     def pause(self) -> None:
-        """Stop everyone. Then, while the host goes on: kill all but the runner, until it stands still and is alone."""
-        os.kill(self.everyone, signal.SIGSTOP)
+        """Stop everyone and kill all but the runner, until it stands still and is alone."""
         until = time.monotonic() + self.setup["grace"]
-        while self.runner is not None and not self.paused:
+        while not self.paused:
+            os.kill(self.everyone, signal.SIGSTOP)      # again where a timer or a child has woken it
             started = kill_others(self.runner)
             select.select([self.events], [], [], 0.001)
             self.reap()
             if self.stopped and not started:
                 self.paused = True
-            elif time.monotonic() > until:
+            elif not self.paused and time.monotonic() > until:
                 self.lose("killed it could not be stopped")
-            elif not self.stopped:                      # a timer or a child has woken it
-                os.kill(self.everyone, signal.SIGSTOP)
 
     def lose(self, report: str) -> None:
         """Give the runner up: tell the host, kill everyone."""

@@ -93,6 +93,27 @@ def test_what_was_printed_before_a_timeout_is_kept(executor):
         assert session.execute("x").value == "1"
 
 
+def test_a_pause_does_not_reach_into_the_next_cell(executor):
+    """The host goes on while the session is paused: kept busy by 15 children here. Those of the next cell live."""
+    leave = "import os\nfor _ in range(15): os.posix_spawn('/bin/sleep', ['sleep', '60'], {})"
+    spawn = "os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)[1])"
+    for _ in range(10):
+        with executor.session() as session:
+            assert session.execute(leave).status == "ok"
+            assert session.execute(spawn).value == "0"
+
+
+def test_a_death_between_cells_keeps_the_files(executor):
+    """A thread ends the process at about the time of the pause: the next cell crashes, or the one after it."""
+    with executor.session() as session:
+        session.execute("open('kept', 'w').close()")
+        for i in range(60):
+            session.execute(f"import os, threading; threading.Timer({i % 10} / 10_000, os._exit, [1]).start()")
+            assert session.execute("1").status in ("ok", "crashed")
+            assert session.execute("import os; os.path.exists('kept')").value in ("True", None)     # None: it crashed
+        assert "True" in [session.execute("import os; os.path.exists('kept')").value for _ in range(5)]
+
+
 SPOIL = "open('made', 'w').write('by code'); open('changed', 'w').write('by code'); os.remove('removed')"
 
 
@@ -209,7 +230,7 @@ def test_restarts_leave_nothing(executor):
             assert session.execute("import os; os.fork() or os.fork(); os._exit(1)").status == "crashed"
         inside = session.execute("import os; len(os.listdir('/proc/self/fd'))").value
         assert (len(os.listdir("/proc/self/fd")), len(tree(executor.zygote.process.pid))) == before
-        assert int(inside) <= 6                     # 0, 1, 2, the wire, the output, and the listing itself
+        assert int(inside) <= 7         # 0, 1, 2, the wire, the output, the pipe of `resume`, and the listing itself
 
 
 def test_code_has_its_children_signals_and_random_state_to_itself(executor):
