@@ -87,8 +87,6 @@ def questions(given: str | None) -> Iterable[str]:
     if given is not None:
         yield given
         return
-    if sys.stdin is None or sys.stdin.closed:
-        raise UserError("stdin is closed: give a question on the command line")
     if sys.stdin.isatty():
         print("one question per line; Ctrl-D ends", file=sys.stderr)
     for line in sys.stdin:
@@ -110,6 +108,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature}: it must be 0 or more")
+    if args.question is None and (sys.stdin is None or sys.stdin.closed):
+        raise UserError("stdin is closed: give a question on the command line")
     return args
 
 
