@@ -303,7 +303,7 @@ def training_run(ckpt: Path | None) -> dict:
                     raise UserError(f"it would run {file}, which came with it; if you trust that, put it elsewhere "
                                     "and name it with --tools")
             return run | stored | {key: stored["config"][key] for key in ("model", "difficulty")}
-    with reading(ckpt / "adapter_config.json", "Is there an adapter in this folder?"):
+    with reading(ckpt / "adapter_config.json", "So there is no adapter in this folder"):
         return run | {"model": json.loads((ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]}
 
 
