@@ -19,13 +19,13 @@ only claim that its code raised nothing, which any code can have with `except: p
 variables. A killed or crashed one restarts the session: variables are lost, the working directory and its files stay.
 
 Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout and stderr as new, and ends
-with its processes; threads stand still between cells. Nothing runs at the exit. `__file__` names no file. There is no
-network, so no multiprocessing.Manager; no memfd, no mmap(-1), no inotify; calls of the scheduler take pid 0 only.
+with its processes (which count until code has waited for them) and its alarm; threads stand still between cells.
+Nothing runs at the exit. `__file__` names no file. There is no network, so no multiprocessing.Manager; no memfd, no
+mmap(-1), no inotify; calls of the scheduler take pid 0 only.
 Not covered: bugs of the kernel, side channels (flock on a file in /usr), use of the cores, the kernel's own memory for
 pipes and mappings; without CAP_SYS_RESOURCE at the start, code can lower its oom_score_adj. In "none", besides: files
 (for root those of /proc too: priorities of others), the disk's total, how many terminals, timers and sockets, /dev/zero
-as shared memory, the size of a fork bomb (it ends within moments, also when all that could kill it has been killed);
-before Linux 6.12 signals to others: a stopped supervisor watches nothing.
+as shared memory, the size of a fork bomb (it ends within moments); before Linux 6.12 signals to others.
 """
 import ast
 import builtins
@@ -47,7 +47,7 @@ from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
 from os import _exit, dup2, getpid, getppid, read       # by name: model code may patch modules
 from pathlib import Path
-from signal import SIG_BLOCK, SIG_UNBLOCK, SIGINT, pthread_sigmask, signal
+from signal import ITIMER_REAL, SIG_BLOCK, SIG_UNBLOCK, SIGINT, pthread_sigmask, setitimer, signal
 from traceback import TracebackException
 
 from machinery.cli import UserError
@@ -149,8 +149,6 @@ class Session(AbstractContextManager):
     def _run(self, code: str, result: CellResult) -> None:
         """Run the cell and fill in its result. Where it does not end in order, restart the session."""
         try:
-            self._output.truncate(0)
-            self._output.seek(0)                        # runner and host share the file's position
             if self._control is None:
                 raise CellLost("crashed", "it could not run: the last restart failed")
             end = self._listen(code, result)
@@ -179,8 +177,8 @@ class Session(AbstractContextManager):
         with suppress(BlockingIOError):                 # what the last cell has left
             while os.read(self._wire.fileno(), 1 << 20):
                 pass
-        send_frame(self._wire, {"run": code, "token": token})      # it waits there until the runner goes on
         self._control.send(b"resume")
+        send_frame(self._wire, {"run": code, "token": token})
         while True:
             now, next_interrupt = time.monotonic(), self._deadline + 0.1 * interrupts
             if now >= self._deadline + 0.7 * self.limits.grace:
@@ -271,11 +269,10 @@ class Session(AbstractContextManager):
         """What the cell wrote, or its first and last part: the host reads little, however much it is."""
         file = self._output.fileno()
         size, half = os.fstat(file).st_size, self.limits.output_chars // 2
-        if size <= 2 * half:
-            return os.pread(file, size, 0).decode("utf-8", "replace")
-        head, tail = (os.pread(file, half, at).decode("utf-8", "replace") for at in (0, size - half))
+        ends = [(0, size)] if size <= 2 * half else [(0, half), (size - half, half)]
+        texts = [os.pread(file, length, at).decode("utf-8", "replace") for at, length in ends]
         self._output.truncate(0)                        # give the memory back now
-        return f"{head}\n[... {size - 2 * half:,} bytes of output cut ...]\n{tail}"
+        return f"\n[... {size - 2 * half:,} bytes of output cut ...]\n".join(texts)
 
     def _start(self, files: Mapping[str, Path | bytes]) -> None:
         """A supervisor, a working directory with these files, and a runner."""
@@ -385,7 +382,7 @@ class Runner:
 
     def __init__(self, wire: socket.socket, output: int, setup: dict):
         self.wire, self.output, self.setup, self.inbox = wire, output, setup, bytearray()
-        self.cell, self.calls, self.token = 0, 0, ""    # the token that the host gave to this cell
+        self.cell, self.calls, self.token, self.lock = 0, 0, "", threading.Lock()    # the token: of this cell
         self.pid, self.in_cell, self.armed = getpid(), False, False     # armed: an interrupt raises
         sys.modules["__main__"] = self.main = types.ModuleType("__main__")
         sys.argv = [""]
@@ -399,8 +396,7 @@ class Runner:
 
     def run(self, code: str) -> None:
         """Run one cell and send its `end`; then, while the host goes on, make ready for the next one."""
-        self.cell, self.interrupts, self.lock = self.cell + 1, 0, threading.Lock()
-        value = error = None
+        self.cell, self.interrupts, value, error = self.cell + 1, 0, None, None
         pthread_sigmask(SIG_UNBLOCK, {SIGINT})
         self.in_cell = self.armed = True
         try:
@@ -412,6 +408,9 @@ class Runner:
                     value = "exit: this cell ends here, the session goes on"
                 else:
                     error = describe(problem, self.setup["output_chars"])
+            setitimer(ITIMER_REAL, 0)                   # an alarm that the code has left ends with its cell
+            with suppress(Exception):                   # so does what the code's own streams hold back
+                sys.stdout.flush(), sys.stderr.flush()
         except BaseException as again:                  # interrupted again while it was described
             error = type(again).__name__
         self.armed = False
@@ -427,6 +426,7 @@ class Runner:
 
     def make_ready(self) -> None:
         """Streams and handler as a cell finds them, whatever the last one did to them."""
+        sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None    # the code's own may close 1 and 2
         with suppress(OSError):                         # the code has closed it: its output is lost
             dup2(self.output, 1), dup2(self.output, 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = [     # unbuffered

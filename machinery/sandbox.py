@@ -139,8 +139,7 @@ def bubblewrap(command: list[str]) -> list[str]:
     if (bwrap := shutil.which("bwrap")) is None:
         raise SandboxError("bubblewrap is not installed")
     argv = [bwrap, "--unshare-all", "--as-pid-1", "--proc", "/proc", "--dev", "/dev", "--dir", "/tmp",
-            "--ro-bind", "/usr", "/usr",
-            "--dev-bind", "/dev/full", "/dev/zero"]      # reads as zeros, and cannot become shared memory
+            "--ro-bind", "/usr", "/usr", "--dev-bind", "/dev/full", "/dev/zero"]    # zeros, but no shared memory
     for path in ("/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         argv += ["--ro-bind-try", path, path]
     for number, path in enumerate(visible_paths()):
@@ -346,17 +345,17 @@ class Supervisor:
             ready = select.select([self.control, self.events], [], [], None if self.paused else 0.05)[0]
             if ready != [self.control]:                 # an event, or none for 0.05 s
                 self.reap()
-            if not self.paused and time.monotonic() > self.next_look and (excess := self.overuse()):
-                self.lose(f"killed it had too {excess}")
-            if self.control not in ready:
-                continue
-            request, descriptors, _, _ = socket.recv_fds(self.control, 64, 2)
-            if not request:
-                return kill_all(self.everyone)
-            if request == b"start":
-                self.start(*descriptors)
-            elif self.runner is not None:               # else the host will read that the runner is gone
-                getattr(self, request.decode())()
+            if self.control in ready:
+                request, descriptors, _, _ = socket.recv_fds(self.control, 64, 2)
+                if not request:
+                    return kill_all(self.everyone)
+                if request == b"start":
+                    self.start(*descriptors)
+                elif self.runner is not None:           # else the host will read that the runner is gone
+                    getattr(self, request.decode())()
+            elif not self.paused and time.monotonic() > self.next_look and (excess := self.overuse()):
+                if not select.select([self.control], [], [], 0)[0]:     # else the cell is perhaps over
+                    self.lose(f"killed it had too {excess}")
 
     def start(self, wire: int, output: int) -> None:
         """Kill every process of the session and fork a new runner, in the same namespaces and directory."""
@@ -376,15 +375,16 @@ class Supervisor:
             confine(self.isolated)
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)     # code may look at its own /proc/self
             self.run_cells(socket.socket(fileno=wire), resumed, output, self.setup)
-        os.close(output)
-        self.kept = [resume, resumed, wire, *lifeline(runner)]  # the wire: so its end is not the sign of a death
+        self.kept = [resume, output, resumed, wire, *lifeline(runner)]  # the wire: its end shall be no sign of a death
         self.runner, self.everyone, self.stopped = runner, -1 if self.isolated else -runner, False
         self.control.send(b"started")
 
     def resume(self) -> None:
         """Let the runner go on with a cell. It stood still, and alone, since the pause, or `reap` has killed it."""
         self.paused, self.next_look = False, time.monotonic() + 0.1
-        os.write(self.kept[0], b"1")
+        resume, output, *_ = self.kept
+        os.ftruncate(output, 0), os.lseek(output, 0, os.SEEK_SET)       # now that nobody writes into it
+        os.write(resume, b"1")
         os.kill(self.runner, signal.SIGCONT)
 
     def interrupt(self) -> None:
@@ -479,7 +479,7 @@ def kill_others(runner: int) -> bool:
     found = False
     for pid in descendants() - {runner}:
         with suppress(OSError):                         # it has ended meanwhile
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+            if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in b"ZX":
                 os.kill(pid, signal.SIGKILL)
                 found = True
     return found

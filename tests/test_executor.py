@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,10 @@ def tree(pid: int) -> set[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
+                after_name = (entry / "stat").read_bytes().rpartition(b")")[2].split()
             except OSError:
                 continue
-            if after_name[0] != "Z":
+            if after_name[0] != b"Z":
                 parents[int(entry.name)] = int(after_name[1])
     found = {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
@@ -101,6 +102,62 @@ def test_a_pause_does_not_reach_into_the_next_cell(executor):
         with executor.session() as session:
             assert session.execute(leave).status == "ok"
             assert session.execute(spawn).value == "0"
+
+
+def test_what_a_cell_leaves_running_writes_nothing_into_the_next_one(executor):
+    leave = "import os, time\nfor _ in range(2): os.posix_spawn('/bin/sh', ['sh', '-c', 'while :; do echo y; done'], {})"
+    for _ in range(30):
+        with executor.session() as session:
+            assert session.execute(f"{leave}\ntime.sleep(0.01)").status == "ok"
+            assert session.execute("print('two')").output == "two\n"
+
+
+def test_threads_that_call_tools_leave_later_cells_alone(executor, monkeypatch):
+    monkeypatch.setattr(executor, "limits", replace(LIMITS, tool_calls=10 ** 6))
+    work = ("import threading, time\ndef work():\n while True:\n  try: same(1)\n  except Exception: pass\n"
+            "  time.sleep(0.0003)\nfor _ in range(3): threading.Thread(target=work, daemon=True).start()\n")
+    for _ in range(10):
+        with executor.session({"same": lambda value: value}) as session:
+            assert session.execute(f"{work}time.sleep(0.02)").status == "ok"
+            for _ in range(6):
+                assert session.execute("[same(i) for i in range(5)]; same(7)", 5.0).value == "7"
+
+
+@pytest.mark.parametrize("own", [
+    "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')",
+    "sys.stdout = open(1, 'w', closefd=False)",
+    "sys.stdout = open(sys.stdout.fileno(), mode='w', encoding='utf8', buffering=1)"])
+def test_streams_of_the_codes_own_end_with_their_cell(executor, own):
+    with executor.session() as session:
+        for _ in range(10):
+            assert session.execute(f"import io, sys\n{own}\nprint('one')").output == "one\n"
+            result = session.execute("import subprocess; print('two', flush=True); subprocess.run(['echo', 'three'])")
+            assert result.output == "two\nthree\n"
+
+
+def test_an_alarm_ends_with_its_cell(executor):
+    code = "import signal\ndef late(*_): raise TimeoutError\nsignal.signal(signal.SIGALRM, late)\n"
+    with executor.session() as session:
+        for seconds in (0.002, 0.05):
+            assert session.execute(f"{code}x = signal.setitimer(signal.ITIMER_REAL, {seconds})").status == "ok"
+            time.sleep(0.1)
+            assert session.execute("signal.pause() if signal.getitimer(signal.ITIMER_REAL)[0] else 1").value == "1"
+
+
+def test_a_process_whose_name_is_no_text_is_killed_like_any_other(executor):
+    """The kernel cuts a name after 15 bytes, so perhaps within a character."""
+    with executor.session() as session:
+        before = tree(executor.zygote.process.pid)
+        code = "import os, shutil, subprocess, time; shutil.copy('/bin/sleep', '\u00e9' * 8)\n"
+        assert session.execute(f"{code}x = subprocess.Popen(['./' + '\u00e9' * 8, '60']); time.sleep(0.05)").status == "ok"
+        assert session.execute("os.path.exists('\u00e9' * 8)").value == "True"
+        assert gone(tree(executor.zygote.process.pid) - before)
+
+
+def test_a_large_cell_runs(executor):
+    with executor.session() as session:
+        for _ in range(2):
+            assert session.execute(f"x = {'a' * 1_000_000!r}; len(x)").value == "1000000"
 
 
 def test_a_death_between_cells_keeps_the_files(executor):
