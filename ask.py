@@ -1,7 +1,7 @@
 """Ask a trained policy a question, and watch it answer.
 
     python ask.py --ckpt out/ "What is the population of the twin town of Kavodu?"
-    python ask.py --ckpt out/ --file table.csv "What is the largest price in table.csv?"
+    python ask.py --ckpt out/ --file shop.csv "What is the total price in shop.csv?"
     python ask.py --ckpt out/                      # without a question: one per line, until Ctrl-D
 
 One question is one trajectory of `rollout`, the very one that training and evaluation use. Each turn is printed when

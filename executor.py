@@ -18,10 +18,10 @@ bounded and checked. Output goes to a file in memory that the host owns. Clock a
 only claim that its code raised nothing, which any code can have with `except: pass`. An interrupted cell keeps its
 variables. A killed or crashed one restarts the session: variables are lost, the working directory and its files stay.
 
-Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout and stderr as new, and ends
-with its processes (which count until code has waited for them) and its alarm; threads stand still between cells.
-Nothing runs at the exit. `__file__` names no file. There is no network, so no multiprocessing.Manager; no memfd, no
-mmap(-1), no inotify; calls of the scheduler take pid 0 only.
+Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout, stderr and SIGINT's handler
+as new, and ends with its processes (which count until code has waited for them) and its alarm; threads stand still
+between cells. Nothing runs at the exit. `__file__` names no file; /dev/stdout, opened by name, begins anew. There is no
+network, so no multiprocessing.Manager; no memfd, no mmap(-1), no inotify; calls of the scheduler take pid 0 only.
 Not covered: bugs of the kernel, side channels (flock on a file in /usr), use of the cores, the kernel's own memory for
 pipes and mappings; without CAP_SYS_RESOURCE at the start, code can lower its oom_score_adj. In "none", besides: files
 (for root those of /proc too: priorities of others), the disk's total, how many terminals, timers and sockets, /dev/zero
@@ -29,6 +29,7 @@ as shared memory, the size of a fork bomb (it ends within moments); before Linux
 """
 import ast
 import builtins
+import fcntl
 import inspect
 import io
 import linecache
@@ -110,7 +111,8 @@ class Session(AbstractContextManager):
         self.files, self.tool_calls, base = dict(files), 0, executor.base
         self.workdir = Path(tempfile.mkdtemp(dir=base)) if base else None   # sandbox "none": the host sees it
         self._lock, self._deadline, self._control, self._wire = threading.Lock(), 0.0, None, None
-        self._output = open(os.memfd_create("output"), "r+b", buffering=0)
+        self._output = open(os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+        fcntl.fcntl(self._output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)     # so code can add no seal
         self._start(self.files)
 
     def execute(self, code: str, seconds: float | None = None) -> CellResult:
@@ -242,13 +244,12 @@ class Session(AbstractContextManager):
                 waiting = time.monotonic()
                 self.executor.slots.acquire()
                 self._deadline += time.monotonic() - waiting
-            if thread.is_alive():
-                return                                  # the interrupt is next; nobody waits for the reply
+            if thread.is_alive() or self.seconds_left() == 0.0:     # next is the interrupt: a large reply stays unread
+                return send_frame(self._wire, {"reply": frame["id"], "value": None, "error": "the cell's time is up"})
         try:
             send_frame(self._wire, reply)
         except (TypeError, ValueError, RecursionError) as error:
-            reply |= {"value": None, "error": f"the tool's result cannot be sent: {error}"}
-            send_frame(self._wire, reply)
+            send_frame(self._wire, reply | {"value": None, "error": f"the tool's result cannot be sent: {error}"})
 
     def _restart(self) -> str:
         """A new runner in the same directory. Returns what the model reads."""
@@ -383,7 +384,8 @@ class Runner:
     def __init__(self, wire: socket.socket, output: int, setup: dict):
         self.wire, self.output, self.setup, self.inbox = wire, output, setup, bytearray()
         self.cell, self.calls, self.token, self.lock = 0, 0, "", threading.Lock()    # the token: of this cell
-        self.pid, self.in_cell, self.armed = getpid(), False, False     # armed: an interrupt raises
+        self.pid, self.armed = getpid(), False          # armed: an interrupt raises
+        self.lock.acquire()                             # a thread that calls a tool between cells waits
         sys.modules["__main__"] = self.main = types.ModuleType("__main__")
         sys.argv = [""]
         sys.path.append(os.getcwd())
@@ -398,7 +400,8 @@ class Runner:
         """Run one cell and send its `end`; then, while the host goes on, make ready for the next one."""
         self.cell, self.interrupts, value, error = self.cell + 1, 0, None, None
         pthread_sigmask(SIG_UNBLOCK, {SIGINT})
-        self.in_cell = self.armed = True
+        self.lock.release()
+        self.armed = True
         try:
             try:
                 value = self.execute(code)
@@ -409,29 +412,28 @@ class Runner:
                 else:
                     error = describe(problem, self.setup["output_chars"])
             setitimer(ITIMER_REAL, 0)                   # an alarm that the code has left ends with its cell
-            with suppress(Exception):                   # so does what the code's own streams hold back
-                sys.stdout.flush(), sys.stderr.flush()
+            for name in ("stdout", "stderr"):           # so does what the code's own streams hold back
+                with suppress(Exception):
+                    getattr(sys, name).flush()
         except BaseException as again:                  # interrupted again while it was described
             error = type(again).__name__
         self.armed = False
         sys.settrace(None)
         libc.fflush(None)                               # what C code has printed
         if getpid() != self.pid:
-            _exit(0)                                    # a child that the code has forked comes back here
-        with self.lock:
-            self.in_cell = False                        # from here on no thread may call
-            send_frame(self.wire, {
-                "end": "error" if error else "ok", "value": value, "error": error, "token": self.token})
+            _exit(1 if error else 0)                    # a child that the code has forked comes back here
+        self.lock.acquire()
+        send_frame(self.wire, {"end": "error" if error else "ok", "value": value, "error": error, "token": self.token})
         self.make_ready()
 
     def make_ready(self) -> None:
         """Streams and handler as a cell finds them, whatever the last one did to them."""
-        sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None    # the code's own may close 1 and 2
-        with suppress(OSError):                         # the code has closed it: its output is lost
-            dup2(self.output, 1), dup2(self.output, 2)
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = [     # unbuffered
-            io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
-            for descriptor in (1, 2)]
+        for _ in range(2):                              # the code's own streams may close 1 and 2 when they go
+            with suppress(OSError):                     # the code has closed it: its output is lost
+                dup2(self.output, 1), dup2(self.output, 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = [     # unbuffered
+                io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
+                for number in (1, 2)]
         if getattr(sys.stdin, "closed", True):          # exit() closes it
             sys.stdin = open(0, closefd=False)
         signal(SIGINT, self.on_interrupt)
@@ -481,8 +483,6 @@ class Runner:
         if getpid() != self.pid:
             raise ToolError(f"{name} works in the main process only")
         with self.lock:                                 # one thread at a time
-            if not self.in_cell:
-                raise ToolError(f"{name} works while a cell runs only")
             self.calls += 1
             pthread_sigmask(SIG_BLOCK, {SIGINT})        # an interrupt would leave half a frame on the wire
             try:

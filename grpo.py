@@ -15,9 +15,9 @@ Reading order: Group, group_advantages, grpo_loss (it holds the equations), LOSS
 Four policies have a log-prob l for each sampled token: the current one, pi_old (at the start of the batch),
 pi_behaviour (which sampled the token, perhaps steps ago: the sampler recorded l_behaviour), and pi_ref (the base
 model, adapter off). pi_old and pi_behaviour are two policies as in decoupled PPO (Hilton et al., arXiv 2110.00641):
-r in (4) bounds how far one update goes, c in (5) corrects for who sampled.
+the clip of r in (6) limits one update, c in (5) corrects for the policy that sampled.
 
-Why the clip does not act by default: with one minibatch and one epoch (the defaults of real models) a batch takes one
+Why the clip does not act by default: with one minibatch and one epoch (the defaults from 0.3B on) a batch takes one
 optimiser step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
 min(A, A) = A; where A < 0, max(A, dual_clip A) = A. The gradient of r is that of l: REINFORCE with the weight c.
 
@@ -25,9 +25,9 @@ Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.144
 (1912.09729); k3 (Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html); truncated importance
 sampling (Ionides, "Truncated Importance Sampling", 2008).
 
-Departures from GRPO as published: a group counts only if its answers differ; std is at least 0.1; the default loss is
-DAPO's (clip-higher, mean over tokens, no overlong trajectories), with a KL penalty; k goes on as its tangent above
-d = 5; c corrects for replay and for the sampler's rounding.
+Departures from GRPO as published: a group counts only if some are right and some wrong; std is at least 0.1; the
+default loss is DAPO's (clip-higher, mean over tokens, no overlong trajectories), with a KL penalty; k goes on as its
+tangent above d = 5; c corrects for replay and for the sampler's rounding.
 """
 import contextlib
 import math

@@ -7,10 +7,10 @@ Owns what the page holds; how it looks and what it does when clicked: machinery/
 to date while a run goes on (`refresh`), eval_gaia.py writes it at its end. Read in this order: `write`, `training`,
 `evaluation`, `fill` (what a large run leaves out), `token_columns`.
 
-All texts in the page were written by a model or by a web page, so they are hostile. Three walls: the data are JSON in
-which <, > and & are escaped, so no text can end its element (`escaped`); the page's script makes text nodes of them,
-never markup; and the content security policy allows the one script and the one style sheet whose hashes it names, and
-no request to anywhere.
+All texts in the page were written by a model or by a web page, so they are hostile. Three protections: the data are
+JSON in which <, > and & are escaped, so no text can end its element (`escaped`); the page's script makes text nodes of
+them, never markup; and the content security policy allows the one script and the one style sheet whose hashes it
+names, and no request to anywhere.
 """
 import base64
 import builtins

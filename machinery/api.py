@@ -1,4 +1,4 @@
-"""Asking for an answer: any JSON interface, a model behind an OpenAI-compatible server, the policy's base model."""
+"""Requests to JSON interfaces, to models behind OpenAI-compatible servers, and to the policy's base model."""
 import base64
 import hashlib
 import math

@@ -1,7 +1,7 @@
 """The sandbox: what keeps a session's processes away from the host and from each other. executor.py uses it.
 
 Skip this file on a first reading. Read it in this order: `Zygote` (what the host starts), `bubblewrap`; then what runs
-inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, and `Supervisor` (pause, interrupt, kill, limits).
+inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, `confine`, `Supervisor`.
 
   host --> bwrap --> zygote: Python with the usual libraries imported; it forks one process tree per session
                        `-- supervisor: process 1 of the session's own namespaces; it never runs model code
@@ -388,8 +388,8 @@ class Supervisor:
         os.kill(self.runner, signal.SIGCONT)
 
     def interrupt(self) -> None:
-        for number in (signal.SIGINT, signal.SIGCONT):  # the code may have stopped its own process
-            os.kill(self.runner, number)
+        libc.tgkill(self.runner, self.runner, signal.SIGINT)    # the main thread alone: another could take it too late
+        os.kill(self.runner, signal.SIGCONT)            # the code may have stopped its own process
 
     def pause(self) -> None:
         """Stop everyone and kill all but the runner, until it stands still and is alone."""

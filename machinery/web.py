@@ -1,4 +1,4 @@
-"""The way out of the machine: one cache, one guard, one fetch, and what the built-in tools ask for.
+"""Access to the web: one cache, one guard, one fetch, and what the built-in tools ask for.
 
 Owns `Cache` (record and replay in SQLite), `check_address` and `Web.fetch` (what may be reached, and how much), and
 `search`, `article`, `snapshot` (what the tools ask for). Read in this order: `Cache.answer`, `Web.get`, `search`.

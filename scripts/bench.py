@@ -1,8 +1,8 @@
 """Benchmarks: `python -m scripts.bench {executor,rollout,update,step} [--quick] [--json FILE]`.
 
 One section per benchmark, in any order. Each has a function `bench_<name>(args) -> dict`, which prints its figures
-and returns them for --json; `step` is in scripts/bench_step.py. Both sides of a comparison run in one process: machines
-differ, and the load changes. The naive way is in tests/.
+and returns them for --json; `step` is in scripts/bench_step.py. Both sides of a comparison (but of `step`) run in one
+process: machines differ, and the load changes. The naive way is in tests/.
 """
 import sys
 

@@ -105,7 +105,7 @@ def test_a_pause_does_not_reach_into_the_next_cell(executor):
 
 
 def test_what_a_cell_leaves_running_writes_nothing_into_the_next_one(executor):
-    leave = "import os, time\nfor _ in range(2): os.posix_spawn('/bin/sh', ['sh', '-c', 'while :; do echo y; done'], {})"
+    leave = "import os, time\nfor _ in 'ab': os.posix_spawn('/bin/sh', ['sh', '-c', 'while :; do echo y; done'], {})"
     for _ in range(30):
         with executor.session() as session:
             assert session.execute(f"{leave}\ntime.sleep(0.01)").status == "ok"
@@ -121,6 +121,50 @@ def test_threads_that_call_tools_leave_later_cells_alone(executor, monkeypatch):
             assert session.execute(f"{work}time.sleep(0.02)").status == "ok"
             for _ in range(6):
                 assert session.execute("[same(i) for i in range(5)]; same(7)", 5.0).value == "7"
+
+
+def test_threads_go_on_from_cell_to_cell(executor, monkeypatch):
+    """They print and call tools; what stands between cells waits, nothing of it fails."""
+    monkeypatch.setattr(executor, "limits", replace(LIMITS, tool_calls=10 ** 6))
+    code = """import sys, threading, time
+failed = []
+def work(act):
+    try:
+        while True: act()
+    except BaseException as error: failed.append(repr(error))
+for act in (lambda: (sys.stdout.write('.'), sys.stdout.flush()), lambda: (same(1), time.sleep(0.001))):
+    threading.Thread(target=work, args=(act,), daemon=True).start()"""
+    for _ in range(10):
+        with executor.session({"same": lambda value: value}) as session:
+            assert session.execute(code).status == "ok"
+            for _ in range(10):
+                assert session.execute("time.sleep(0.005); failed").value == "[]"
+
+
+@pytest.mark.parametrize("wait", [
+    "slow()",
+    "import threading; thread = threading.Thread(target=slow); thread.start(); thread.join()",
+    "import concurrent.futures as f\nwith f.ThreadPoolExecutor(4) as pool: list(pool.map(lambda i: slow(), range(4)))",
+    "import asyncio; asyncio.run(asyncio.to_thread(slow))",
+    "while True: large()"])
+def test_a_tool_that_outlasts_the_cell_leaves_the_variables(executor, monkeypatch, wait):
+    monkeypatch.setattr(executor, "limits", replace(LIMITS, tool_calls=10 ** 6))
+    tools = {"slow": lambda: time.sleep(1.0), "large": lambda: "r" * 300_000}
+    for _ in range(10 if "large" in wait else 1):
+        with executor.session(tools) as session:
+            assert session.execute(f"x = 1\n{wait}", 0.1).status == "timeout"
+            assert session.execute("x").value == "1"
+
+
+def test_an_interrupt_does_not_reach_the_next_cell(executor):
+    """Of a cell that ends at about the time when it is up, beside threads that could take the signal."""
+    with executor.session() as session:
+        session.execute("import threading, time\n"
+                        "for _ in range(4): threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()")
+        for i in range(100):
+            busy = f"end = time.perf_counter() + {0.0096 + i % 10 * 0.0001}\nwhile time.perf_counter() < end: pass"
+            assert session.execute(busy, 0.0105).status in ("ok", "timeout")
+            assert session.execute("for _ in range(2000): pass\ntime.sleep(0.001); 5").value == "5"
 
 
 @pytest.mark.parametrize("own", [
@@ -148,8 +192,9 @@ def test_a_process_whose_name_is_no_text_is_killed_like_any_other(executor):
     """The kernel cuts a name after 15 bytes, so perhaps within a character."""
     with executor.session() as session:
         before = tree(executor.zygote.process.pid)
-        code = "import os, shutil, subprocess, time; shutil.copy('/bin/sleep', '\u00e9' * 8)\n"
-        assert session.execute(f"{code}x = subprocess.Popen(['./' + '\u00e9' * 8, '60']); time.sleep(0.05)").status == "ok"
+        code = ("import os, shutil, subprocess, time; shutil.copy('/bin/sleep', '\u00e9' * 8)\n"
+                "x = subprocess.Popen(['./' + '\u00e9' * 8, '60']); time.sleep(0.05)")
+        assert session.execute(code).status == "ok"
         assert session.execute("os.path.exists('\u00e9' * 8)").value == "True"
         assert gone(tree(executor.zygote.process.pid) - before)
 
@@ -297,6 +342,7 @@ def test_code_has_its_children_signals_and_random_state_to_itself(executor):
         assert "ChildProcessError" in session.execute("os.wait()").error
         code = "if (pid := os.fork()) == 0: os._exit(4)\nos.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])"
         assert session.execute(code).value == "4"
+        assert session.execute(code.replace("os._exit(4)", "1 / 0")).value == "1"      # as of plain Python
         session.execute("import signal, subprocess, time; seen = []\n"
                         "signal.signal(signal.SIGCHLD, lambda *received: seen.append(1))")
         assert session.execute("seen").value == "[]"

@@ -187,6 +187,8 @@ TABLE = {
         ("hostile str value",    "ok|error kept",
          "class S(str):\n def __len__(self): return 0\n def __getitem__(self, i): return self\n"
                                  "class R:\n def __repr__(self): return S('b' * 10 ** 7)\nR()"),
+        ("sealed",               "error kept = PermissionError",
+         "import fcntl; fcntl.fcntl(1, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE)"),
         ("mapped output",        "ok|error kept",
          "import mmap, os; os.ftruncate(1, 4096); m = mmap.mmap(1, 4096); m[:2] = b'hi'"),
     ],

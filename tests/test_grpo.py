@@ -5,6 +5,7 @@ Traps of DESIGN.md section 4 that are guarded here: 1, 5, 6, 7, 8 (with test_pol
 import copy
 import math
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 import grpo
 from grpo import LOSSES as TABLE, GRPOConfig, Group, group_advantages, grpo_loss, k3, token_logps, update
 from machinery.console import warnings_for
+from machinery.head import head_logps
 from meter import LiveBytes
 from policy import load_policy
 from reward import Reward
@@ -162,10 +164,10 @@ def test_the_kl_continues_as_its_tangent_and_its_gradient_never_dies():
 
 
 def test_rloo_is_one_more_row(monkeypatch):
-    """Leave-one-out: R_i minus the mean of the others is n / (n - 1) (R_i - mean)."""
+    """Leave-one-out: R_i minus the mean of the others is n / (n - 1) (R_i - mean). A row of the table is tested."""
     def leave_one_out(deviations, std):
         return [d * len(deviations) / (len(deviations) - 1) for d in deviations]
-    monkeypatch.setitem(TABLE, "rloo", TABLE["dr_grpo"]._replace(advantage=leave_one_out))
+    monkeypatch.setitem(TABLE, "rloo", TABLE.get("rloo", TABLE["dr_grpo"]._replace(advantage=leave_one_out)))
     assert advantages([reward(1.0), reward(0.0), reward(0.0)], "rloo") == pytest.approx([1.0, -0.5, -0.5])
 
 
@@ -323,6 +325,15 @@ def test_no_more_than_a_chunk_of_logits_is_ever_alive(tmp_path):  # trap 7, forw
     assert peaks["chunked"] < 3 * chunk + blocks < all_logits / 2
 
 
+def test_log_probs_in_bf16_are_normalised_in_fp32():  # trap 7: a logsumexp in bf16 is off by up to 0.07
+    head = torch.nn.Linear(64, 30_000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    causal = SimpleNamespace(get_output_embeddings=lambda: head)
+    states, targets = 8 * torch.randn(20, 64, dtype=torch.bfloat16), torch.randint(30_000, (20,))
+    found, _ = head_logps(causal, states, targets, 1.0)
+    exact = (states @ head.weight.T).double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- update
 
 
@@ -451,6 +462,10 @@ def test_what_was_cut_leaves_the_loss(folders):
             (kept_grads,), _, _ = run_update(folders[True], GRPOConfig(loss=loss), kept)
             assert all(torch.equal(a, b) for a, b in zip(cut_grads, kept_grads, strict=True))
             assert len(stats.off_policy_each) == 12
+    out_of_turns = [(replace(t, stop_reason="turn_limit") if i in (2, 5) else t, a) for i, (t, a) in enumerate(batch)]
+    (turn_limit_grads,), _, _ = run_update(folders[True], GRPOConfig(), out_of_turns)      # wrong, and learned from
+    (all_grads,), _, _ = run_update(folders[True], GRPOConfig(), batch)
+    assert all(torch.equal(a, b) for a, b in zip(turn_limit_grads, all_grads, strict=True))
 
 
 def test_several_steps_share_one_l_old(folders):

@@ -235,12 +235,15 @@ def test_nf4_samples_and_trains_in_turn_on_the_cpu(folder):
     assert torch.equal(policy.model(IDS).logits, before)
 
 
-def test_nf4_keeps_embeddings_head_and_norms_in_the_given_dtype(folder):  # trap 8: no upcast to fp32
-    policy = load_policy(str(folder), quantize="nf4", dtype=torch.bfloat16)
+def test_nf4_keeps_embeddings_head_and_norms_in_the_given_dtype(folder, tmp_path):
+    """Trap 8: no upcast to fp32, and an adapter that is loaded stays beside its base, not merged."""
+    save_adapter(load_policy(str(folder), quantize="nf4", dtype=torch.bfloat16), tmp_path)
+    policy = load_policy(str(folder), quantize="nf4", dtype=torch.bfloat16, adapter=tmp_path)
     for name, p in policy.model.named_parameters():
         packed = torch.uint8 if "proj.base_layer.weight" in name else torch.bfloat16
         expected = torch.float32 if "lora_" in name else packed
         assert p.dtype == expected, name
+    assert not any(getattr(module, "merged", False) for module in policy.model.modules())
 
 
 def test_nf4_gradients_are_those_of_the_dequantised_model(folder, tmp_path):

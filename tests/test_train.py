@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import train
+from chat_server import Server
 from machinery import checkpoint, console
 from policy import TINY_DIR
 from tasks import builtin_tasks
@@ -54,6 +55,15 @@ def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
     assert run("--out", out, "--steps", 3, *SMALL) == 0
     return out
+
+
+def test_a_resumed_run_asks_the_judge_nothing_twice(tmp_path, monkeypatch):  # trap 10: verdicts outlive a process
+    with Server(lambda messages: "VERDICT: INCORRECT") as server:
+        judged = ["--judge", server.url, "--judge-model", "m", "--out", tmp_path / "out", *SMALL]
+        assert run(*judged, "--steps", 1) == 0
+        assert run("--resume", "--steps", 2, "--out", tmp_path / "out") == 0
+        asked = Counter(json.dumps(body["messages"]) for _, _, body in server.requests)
+        assert set(asked.values()) == {1}
 
 
 # --------------------------------------------------------------------------------------------------- a whole run
