@@ -21,7 +21,7 @@ from pathlib import Path
 
 import requests
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses a CPU kernel
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)     # peft asks by an old name
@@ -236,12 +236,14 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN plans its attention anew for each shape: 1 s each on Hopper
     parameters = sum(parameter_counts(config))
+    if parameters >= 1e9:           # said before anything is downloaded
+        need_gpu(f"{name} has {parameters / 1e9:.1f}e9 parameters")
     away = offline(name)
+    if away and try_to_load_from_cache(name, "tokenizer.json") is None:
+        raise UserError(f"the hub is out of reach, and {name} is not cached. {HUB_HINT}")
     with reading(f"the tokenizer of {name}", HUB_HINT):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)
-    if parameters >= 1e9:
-        need_gpu(f"{name} has {parameters / 1e9:.1f}e9 parameters")
     nf4 = in_nf4(quantize, parameters, on_gpu)
     if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
         able = on_gpu or (cpu_computes_bf16() and not nf4)     # NF4 on a CPU was only ever run in fp32

@@ -8,7 +8,7 @@ Read in this order: `SampleQueue.admit` (what enters), `priority` (what is drawn
    means nothing outside its group); priority = spread * 2^(-age / half_life) / (1 + uses). With --replay positive a
    group enters without the trajectories that were not better than its mean.
    The paper says that the queue saves costly online samples. Shown here, for the tiny model from a start that is nearly
-   always wrong, with --online-groups 4 --replay positive --epochs 4: 0.66 of the samples of the best control without a
+   always wrong, by the arm queue-positive of scripts/study_queue.py: 0.66 of the samples of the best control without a
    queue (see MEASUREMENTS.md). Not shown: with a real model; from a start that is often right; as shipped, where the
    queue only fills the places of groups without signal.
 

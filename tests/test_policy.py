@@ -163,8 +163,8 @@ def test_names(folder, monkeypatch):
 
 def test_no_network_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    with pytest.raises(UserError, match="local folder.*built-in") as caught:
-        load_policy("Qwen2.5-7B")
+    with pytest.raises(UserError, match="Qwen2.5-0.5B-Instruct is not cached.*local folder.*built-in") as caught:
+        load_policy("Qwen2.5-0.5B")
     assert "\n" not in str(caught.value)
 
 
@@ -174,6 +174,9 @@ def test_a_large_model_without_a_usable_gpu_is_refused(folder, monkeypatch):
     monkeypatch.setattr(policy_module, "parameter_counts", lambda config: (7e9, 1e9))
     with pytest.raises(UserError, match="8.0e9 parameters, and torch .* finds no usable GPU: check the driver"):
         load_policy(str(folder))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="Qwen2.5-7B-Instruct has 7.6e9 parameters"):    # before any download
+        load_policy("Qwen2.5-7B")
 
 
 def test_an_out_of_memory_while_loading_is_no_fault_of_the_network(folder, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from queue import SampleQueue
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -48,6 +49,15 @@ def test_priority_by_hand():
     assert queue.priority(entry, step=8) == pytest.approx(0.4 / 4 / 4)
     younger = filled([0.4], step=4, half_life=4.0).entries[0]
     assert queue.priority(younger, step=8) == pytest.approx(0.4 / 2 / 2)    # 4 steps old, one use
+
+
+@pytest.mark.parametrize("share, online, fresh, drawn", [
+    (0.5, 12, 12, 0), (0.5, 12, 9, 3), (0.5, 12, 2, 6), (1.0, 12, 2, 10), (0.0, 12, 2, 0),
+    (0.5, 4, 4, 8), (0.5, 4, 1, 8), (0.0, 4, 4, 8)])        # eight of twelve groups are not sampled
+def test_replay_takes_the_places_not_sampled_or_at_most_its_share_of_those_without_signal(share, online, fresh, drawn):
+    cfg = train.Config(replay_share=share, seed=0)
+    state = SimpleNamespace(cfg=cfg, step=1, rank=0, rank_groups=12, rank_online=online, queue=filled([0.5] * 20))
+    assert len(train.replay(state, fresh)) == drawn
 
 
 def test_evicts_the_lowest_priority_and_on_a_tie_the_oldest():

@@ -9,6 +9,8 @@ import mimetypes
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -164,6 +166,12 @@ def test_command_lines_end_alike(capsys, problem, status, said):
         if problem:
             raise problem
     assert exit_status(command) == status and capsys.readouterr().err == said
+
+
+def test_a_warning_is_one_line():
+    code = "import warnings; from machinery.cli import exit_status; exit_status(lambda: warnings.warn('it is slow'))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (ended.stdout, ended.stderr) == ("", "warning: it is slow\n")
 
 
 # ------------------------------------------------------------------------------------------------ the test's own web
