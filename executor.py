@@ -22,10 +22,10 @@ Unlike in plain Python: exit() ends the cell, not the session. Each cell begins 
 as new, and ends with its processes (which count until code has waited for them) and its alarm; threads stand still
 between cells. Nothing runs at the exit. `__file__` names no file; /dev/stdout, opened by name, begins anew. There is no
 network, so no multiprocessing.Manager; no memfd, no mmap(-1), no inotify; calls of the scheduler take pid 0 only.
-Not covered: bugs of the kernel, side channels (flock on a file in /usr), use of the cores, the kernel's own memory for
-pipes and mappings; without CAP_SYS_RESOURCE at the start, code can lower its oom_score_adj. In "none", besides: files
-(for root those of /proc too: priorities of others), the disk's total, how many terminals, timers and sockets, /dev/zero
-as shared memory, the size of a fork bomb (it ends within moments); before Linux 6.12 signals to others.
+Not covered: bugs of the kernel; side channels (flock on a file in /usr); use of the cores; the kernel's own memory for
+pipes and mappings; code may lower its oom_score_adj, unless the start had CAP_SYS_RESOURCE. In "none" neither: files
+(for root also /proc's: priorities of others); the disk's total; the number of terminals, timers and sockets; /dev/zero
+as shared memory; the size of a fork bomb (it soon ends); before Linux 6.12 others' signals, memory and environment.
 """
 import ast
 import builtins

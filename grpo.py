@@ -17,7 +17,7 @@ pi_behaviour (which sampled the token, perhaps steps ago: the sampler recorded l
 model, adapter off). pi_old and pi_behaviour are two policies as in decoupled PPO (Hilton et al., arXiv 2110.00641):
 the clip of r in (6) limits one update, c in (5) corrects for the policy that sampled.
 
-Why the clip does not act by default: with one minibatch and one epoch (the defaults from 0.3B on) a batch takes one
+Why the clip does not act with one minibatch and one epoch (the defaults from 0.3B on) a batch takes one
 optimiser step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
 min(A, A) = A; where A < 0, max(A, dual_clip A) = A. The gradient of r is that of l: REINFORCE with the weight c.
 
@@ -200,7 +200,7 @@ def constant(lengths, tokens: float, sequences: float, token_limit: int) -> torc
 class Loss(NamedTuple):
     """One estimator. Another one is another row of LOSSES.
 
-    advantage: (deviations R_i - mean R of a group, their std or std_floor) -> advantages. normaliser: N in (8) for
+    advantage: (deviations R_i - mean R of a group, max(std, std_floor)) -> advantages. normaliser: N in (8) for
     each trajectory, (B, 1), from lengths (B, 1), its loss tokens, and from the loss tokens and sequences of the WHOLE
     optimiser step on all ranks, never of a micro-batch. clip: eps_low, eps_high.
     """
@@ -227,6 +227,7 @@ def token_logps(model, ids: torch.Tensor, mask: torch.Tensor, temperature=1.0, c
     hidden = causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state        # (B, T-1, H)
     rows, t = mask[:, 1:].nonzero(as_tuple=True)        # (N,): the state at t predicts the token at t + 1
     states, targets = hidden[rows, t], ids[rows, t + 1]                                 # (N, H), (N,)
+    # log softmax(head(states) / temperature)[targets], a chunk of the N positions at a time
     logp, entropy = head_logps(causal, states, targets, temperature, chunk)             # (N,), (N,)
     zeros = logp.new_zeros(ids.shape)                                                   # (B, T)
     return zeros.index_put((rows, t + 1), logp), zeros.index_put((rows, t + 1), entropy)
@@ -268,7 +269,7 @@ class MicroBatch:
 
 
 def in_loss(trajectory: Trajectory) -> bool:
-    """The filter *overlong* (DAPO 3.4): a trajectory that a token limit cut stays in the baseline, out of the loss."""
+    """The filter *overlong* (DAPO 3.4): stopped by a token limit, so in the baseline but out of the loss."""
     return trajectory.stop_reason not in ("length", "context_limit") and any(trajectory.mask)
 
 

@@ -9,8 +9,8 @@ Read in this order: `SampleQueue.admit` (what enters), `priority` (what is drawn
    group enters without the trajectories that were not better than its mean.
    The paper says that the queue saves costly online samples. Shown here, for the tiny model from a start that is nearly
    always wrong, by the arm queue-positive of scripts/study_queue.py: 0.66 of the samples of the best control without a
-   queue (see MEASUREMENTS.md). Not shown: with a real model; from a start that is often right; as shipped, where the
-   queue only fills the places of groups without signal.
+   queue (see MEASUREMENTS.md). Not shown: with a real model; from a start that is often right; with the settings of
+   the tiny model and of large ones, where the queue only fills the places of groups without signal.
 
 2. **The name.** The project's fixed list of files calls this one `queue.py`, which hides the standard library's
    `queue` from every `import queue` of a process started in this folder, torch's and requests' included. So this
@@ -60,7 +60,8 @@ class SampleQueue:
 
     capacity: groups kept; half_life: steps in which a priority halves; max_age: steps after which a group is
     dropped; max_uses: updates a group may take part in; max_off_policy: a group is dropped once more than this
-    share of its trajectories' tokens, on average, is off-policy (|l_old - l_behaviour| > log(1 + eps_high)).
+    share of its tokens is off-policy (|l_old - l_behaviour| > log(1 + eps_high)): the mean of its trajectories'
+    shares, where an overlong one counts 0.
     """
 
     def __init__(self, capacity: int, half_life: float, max_age: int, max_uses: int, max_off_policy: float):
@@ -90,7 +91,7 @@ class SampleQueue:
         return worst is not entry
 
     def draw(self, count: int, step: int, rng) -> list[Entry]:
-        """Draw up to `count` groups without replacement, proportional to priority; each draw counts as one use.
+        """Draw up to `count` different groups, in proportion to priority. They stay in the queue, with one use more.
 
         The `count` largest u^(1 / priority), u uniform, are such a draw (Efraimidis and Spirakis 2006).
         rng: random.Random.

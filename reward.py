@@ -32,7 +32,7 @@ from machinery.web import Cache, WebError
 class Reward:
     total: float | None                  # R; None: the trajectory is unjudged
     answer: float | None                 # r_answer in [0, 1]; None: unjudged
-    execution: float                     # r_exec: share of the turns with code that ran without error; 0 without code
+    execution: float                     # r_exec: of the turns with code, the share that ran without error; or 0
     source: str                          # who decided r_answer: "heuristic", "llm" or "none"
     unsure: bool                         # whether the heuristic was unsure
     official: bool                       # GAIA's own rule, for reports
@@ -44,7 +44,7 @@ class Reward:
 
 
 def compute_reward(task, trajectory, judge: "Judge", w_exec: float = 0.1) -> Reward:
-    """Equation (1). What the policy's own code breaks scores 0; what the judge or the host breaks is unjudged."""
+    """Equation (1). A turn whose code fails counts 0 in r_exec. Where the judge or the host fails: *unjudged*."""
     ran = [turn.status == "ok" for turn in trajectory.turns if turn.code is not None]
     r_exec = sum(ran) / len(ran) if ran else 0.0
     if trajectory.stop_reason == "error":                                                     # the host failed

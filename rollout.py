@@ -63,7 +63,7 @@ class Trajectory:
     sample: int                 # index in its group
     seed: int                   # of the rollout; seed, task_id and sample fix the random stream
     ids: list[int]              # the last one is the last sampled token, if there is one
-    mask: list[int]             # 1 = sampled, also the token that ends a turn; 0 = prompt, observation, template
+    mask: list[int]             # 1 = sampled: a closing fence, too; 0 = forced: prompt, observation, template
     logps: list[float]          # log pi(token) of the behaviour policy at the sampling temperature (greedy: at 1)
     prompt_length: int
     turns: list[Turn]

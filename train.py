@@ -109,7 +109,7 @@ def advantage(run: Run, groups: list[Group]) -> list[Group]:
 
 
 def replay(run: Run, n_fresh: int) -> list[Entry]:
-    """Queued groups, in place of those not sampled (--online-groups) or, up to replay_share, without signal."""
+    """Queued groups, for the places that --online-groups leaves free, or those without signal (up to replay_share)."""
     rng = random.Random(f"replay-{run.cfg.seed}-{run.step}-{run.rank}")
     most = max(run.rank_groups - run.rank_online, int(run.cfg.replay_share * run.rank_groups))
     return run.queue.draw(min(most, run.rank_groups - n_fresh), run.step, rng)
@@ -274,7 +274,7 @@ def parse_args(argv=None) -> tuple[Config, set[str]]:
 # ------------------------------------------------------------------------------------------------------- the state
 @dataclass
 class Run:
-    """What the verbs work on. The second half is the run's progress: all of it is in every checkpoint."""
+    """What the verbs work on. Of its second half, the run's progress, a checkpoint holds what a resume needs."""
     cfg: Config
     policy: Policy
     optimizer: torch.optim.Optimizer

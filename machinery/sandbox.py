@@ -12,8 +12,8 @@ inside: `launch`, `zygote`, `open_session`, `isolate`, `restrict`, `confine`, `S
   no sockets but stream pairs, no ptrace, mount, unshare, inotify, io_uring, bpf, keyctl, memfd, SysV or shared
   anonymous memory, no scheduling of others (seccomp); limits on memory, processes, open files, disk, output.
 `none` covers: an empty environment, the limits but the disk's total, the same seccomp filter, no capabilities, no
-  access to the trainer's memory, no signals to others (Landlock, from Linux 6.12 on). All that a session starts is one
-  process group, which the kernel kills when the supervisor dies. Not your files. The rest: top of executor.py.
+  access to the trainer's memory; from Linux 6.12 on (Landlock) no memory of others, no signals to them. A session is
+  one process group, which the kernel kills when the supervisor dies. Not your files. The rest: top of executor.py.
 """
 import ctypes
 import fcntl
@@ -273,7 +273,7 @@ def restrict(setup: dict, isolated: bool) -> None:
 
 
 def confine(isolated: bool) -> None:
-    """The runner and all that it starts: no signals to others (Landlock, from Linux 6.12 on), fewer system calls."""
+    """The runner and all that it starts: no signals to others, none of their memory (Landlock), fewer calls."""
     ruleset = libc.syscall(444, struct.pack("QQQ", 0, 0, 3), 24, 0)     # scopes: abstract sockets (1), signals (2)
     if ruleset >= 0:
         check(libc.syscall(446, ruleset, 0), "landlock")

@@ -472,6 +472,12 @@ def test_none_keeps_the_trainers_memory_and_environment_closed(monkeypatch):
         for name in ("mem", "environ", "maps"):
             assert "PermissionError" in session.execute(f"open('/proc/{os.getpid()}/{name}', 'rb').read(1)").error
         assert session.execute("import os; 'A_KEY' in os.environ").value == "False"
+        if module.libc.syscall(444, None, 0, 1) >= 6:            # Landlock's version; since Linux 6.12
+            with subprocess.Popen(["sleep", "60"]) as other:            # it has the key, too, and is not the trainer
+                reading = session.execute(f"open('/proc/{other.pid}/environ', 'rb').read()")
+                signalling = session.execute(f"os.kill({other.pid}, 9)")
+                other.kill()
+            assert "PermissionError" in reading.error and "PermissionError" in signalling.error
         connect = "import socket; socket.create_connection(('127.0.0.1', 80))"
         assert "Network is down" in session.execute(connect).error
         many = "import os, time\nfor i in range(100): os.fork() or time.sleep(60)\ntime.sleep(60)"
