@@ -128,7 +128,8 @@ def show_replay(policy: Policy, group: Group, cfg: GRPOConfig):
     say(f"off-policy tokens {stats.off_policy:.3f}: |l_old - l_behaviour| > log(1 + eps_high) = {math.log(1.28):.3f}")
 
 
-def walk():
+def walk(argv=None):
+    OneLineParser(prog="-m scripts.walkthrough", description="One task through the whole method.").parse_args(argv)
     torch.set_num_threads(1)
     policy, cfg = load_policy("tiny"), GRPOConfig(truncation=2.0)
     known = policy.preset.settings
@@ -144,8 +145,7 @@ def walk():
 
 
 def main(argv=None) -> int:
-    OneLineParser(prog="-m scripts.walkthrough", description="One task through the whole method.").parse_args(argv)
-    return exit_status(walk)
+    return exit_status(lambda: walk(argv))
 
 
 if __name__ == "__main__":

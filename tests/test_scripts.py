@@ -24,6 +24,14 @@ def test_started_as_a_module_they_have_a_help_text(name):
     assert not said                             # no library's message, such as that of bitsandbytes at its import
 
 
+@pytest.mark.parametrize("name", ["bench", "data", "study_queue", "walkthrough", "warm_start"])
+def test_a_wrong_flag_is_one_line(name):
+    command = [sys.executable, "-m", f"scripts.{name}", "--colour"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_the_walkthrough_shows_every_equation():
     """It asserts its own numbers: by hand and by the functions of training."""
     done = subprocess.run([sys.executable, "-m", "scripts.walkthrough"], cwd=ROOT, capture_output=True, text=True)
