@@ -19,9 +19,11 @@ only claim that its code raised nothing, which any code can have with `except: p
 variables. A killed or crashed one restarts the session: variables are lost, the working directory and its files stay.
 
 Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout, stderr and SIGINT's handler
-as new, and ends with its processes (which count until code has waited for them) and its alarm; threads stand still
-between cells. Nothing runs at the exit. `__file__` names no file; /dev/stdout, opened by name, begins anew. There is no
-network, so no multiprocessing.Manager; no memfd, no mmap(-1), no inotify; calls of the scheduler take pid 0 only.
+as new, and ends with its processes (which count until code has waited for them), its alarm, and the tool calls that
+its threads have begun; threads stand still between cells. A signal handler that raises between cells crashes the next
+one. A forked child that ends by an exception, exit() too, has status 1 and prints nothing. Nothing runs at the exit.
+`__file__` names no file; /dev/stdout, opened by name, begins anew. No network, so no multiprocessing.Manager; no memfd,
+no mmap(-1), no inotify; calls of the scheduler take pid 0 only. A reply of 200 kB must be read within half the grace.
 Not covered: bugs of the kernel; side channels (flock on a file in /usr); use of the cores; the kernel's own memory for
 pipes and mappings; code may lower its oom_score_adj, unless the start had CAP_SYS_RESOURCE. In "none" neither: files
 (for root also /proc's: priorities of others); the disk's total; the number of terminals, timers and sockets; /dev/zero
@@ -53,7 +55,7 @@ from traceback import TracebackException
 
 from machinery.cli import UserError
 from machinery.sandbox import PR_SET_DUMPABLE, SandboxError, Zygote, libc, remove_tree
-from machinery.wire import send_frame, take_frame, valid
+from machinery.wire import cut, send_frame, take_frame, valid
 
 MAX_ANSWER = 10_000                             # characters kept of an answer
 BROKEN_PROTOCOL = "crashed", "it broke the protocol between sandbox and host"
@@ -113,7 +115,11 @@ class Session(AbstractContextManager):
         self._lock, self._deadline, self._control, self._wire = threading.Lock(), 0.0, None, None
         self._output = open(os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
         fcntl.fcntl(self._output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)     # so code can add no seal
-        self._start(self.files)
+        try:
+            self._start(self.files)
+        except SessionLost:
+            self.close()
+            raise
 
     def execute(self, code: str, seconds: float | None = None) -> CellResult:
         """Run one cell of at most `seconds` plus the grace. SessionLost: the session is closed.
@@ -355,14 +361,6 @@ class Executor(AbstractContextManager):
         self.close()
 
 
-def cut(text: str, limit: int) -> str:
-    """The first and last part of a long text, and how much is missing."""
-    half = limit // 2
-    if len(text) <= limit:
-        return text
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters cut ...]\n{text[-half:]}"
-
-
 # --- inside: the runner. Whatever it says is hostile, because model code runs in the same process ---
 
 def run_cells(wire: socket.socket, resumed: int, output: int, setup: dict) -> None:
@@ -493,6 +491,8 @@ class Runner:
                 raise ToolError(f"{name}: arguments have to be plain values: {error}") from None
             finally:
                 pthread_sigmask(SIG_UNBLOCK, {SIGINT})
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.001)                           # so that a loop of calls lets others in, the cell's end too
         if reply["error"] is not None:
             raise ToolError(reply["error"])
         return reply["value"]

@@ -40,6 +40,14 @@ def take_frame(inbox: bytearray) -> dict | None:
     return frame
 
 
+def cut(text: str, limit: int) -> str:
+    """The first and last part of a long text, and how much is missing."""
+    half = limit // 2
+    if len(text) <= limit:
+        return text
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters cut ...]\n{text[-half:]}"
+
+
 def valid(text: str) -> str:
     """The text with "?" for halves of surrogate pairs, which JSON can carry, but no file."""
     return text.encode("utf-8", "replace").decode()

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -139,6 +140,19 @@ for act in (lambda: (sys.stdout.write('.'), sys.stdout.flush()), lambda: (same(1
             assert session.execute(code).status == "ok"
             for _ in range(10):
                 assert session.execute("time.sleep(0.005); failed").value == "[]"
+
+
+def test_threads_that_always_call_keep_no_cell_waiting(executor, monkeypatch):
+    """Four threads with a call each: a cell's end and its own call come after four calls, not after any number."""
+    monkeypatch.setattr(executor, "limits", replace(LIMITS, tool_calls=10 ** 6))
+    code = """import threading
+def work():
+    while True: tick()
+for _ in range(4): threading.Thread(target=work, daemon=True).start()"""
+    with executor.session({"tick": lambda: time.sleep(0.02)}) as session:
+        session.execute(code)
+        assert median(session.execute("1").tool_calls for _ in range(30)) <= 4
+        assert median(session.execute("tick()").tool_calls for _ in range(20)) <= 6
 
 
 @pytest.mark.parametrize("wait", [
@@ -464,6 +478,15 @@ def test_a_closed_session_is_gone_while_others_live(executor):
                 session.execute("x = 1")
         assert gone(tree(executor.zygote.process.pid) - before, 3.0)
         assert witness.execute("1").value == "1"
+
+
+def test_a_session_that_cannot_start_leaves_nothing(executor):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(module.SessionLost, match="could not start"):
+            executor.session(files={"a.csv": Path("/no/such/file")})
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert executor.base is None or not os.listdir(executor.base)
 
 
 def test_none_keeps_the_trainers_memory_and_environment_closed(monkeypatch):
