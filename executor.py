@@ -324,28 +324,28 @@ class Session(AbstractContextManager):
 class Executor(AbstractContextManager):
     """Starts sessions, any number; at most `max_running` (default: the cores) run a cell. Thread-safe.
 
-    sandbox: "bwrap" (SandboxError where it does not work), "none", or "auto": bwrap, else none, loudly.
+    sandbox: "bwrap", "none" (SandboxError where it does not work), or "auto": bwrap, else none, loudly.
     One process inside it, the zygote, has the usual libraries imported; it forks all sessions."""
 
     def __init__(self, sandbox: str = "auto", limits: Limits = Limits(), max_running: int | None = None):
         if sandbox not in ("auto", "bwrap", "none"):
             raise UserError(f"--sandbox is auto, bwrap or none, not {sandbox!r}")
-        self.limits, self.sandbox, self.base, self.zygote = limits, "bwrap", None, None
+        self.limits, self.base, self.zygote = limits, None, None
         self.slots = threading.Semaphore(max_running or os.cpu_count() or 1)
-        if sandbox != "none":
+        for self.sandbox in ("bwrap", "none") if sandbox == "auto" else (sandbox,):
             try:
-                self.zygote = Zygote(None)
+                if self.sandbox == "none":
+                    self.base = tempfile.mkdtemp(prefix="tool-r1-")
+                    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)         # or code could read our memory in /proc
+                self.zygote = Zygote(self.base)
                 self.session().close()
                 return
             except (SandboxError, SessionLost) as error:
                 self.close()
-                if sandbox == "bwrap":
-                    raise SandboxError(f"--sandbox bwrap fails here: {error} (README: Sandbox)") from None
+                if sandbox != "auto" or self.sandbox == "none":
+                    raise SandboxError(f"--sandbox {self.sandbox} fails here: {error} (README: Sandbox)") from None
                 print(f"WARNING: NO SANDBOX: bwrap fails here ({error}). Model-written code can read and "
                       "change every file that you can, and signal processes (see README).", file=sys.stderr)
-        self.sandbox, self.base = "none", tempfile.mkdtemp(prefix="tool-r1-")
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)         # or code could read our memory in /proc
-        self.zygote = Zygote(self.base)
 
     def session(self, tools: Mapping[str, Callable] | None = None,
                 files: Mapping[str, Path | bytes] | None = None) -> Session:

@@ -152,9 +152,10 @@ def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype, aw
 def need_gpu(why: str):
     """UserError where torch can use no GPU: a model would silently be loaded into main memory, in fp32."""
     if not torch.cuda.is_available():
-        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
-        raise UserError(f"{why}, and torch {torch.__version__} ({build}) finds no usable GPU: check the driver with "
-                        "nvidia-smi, or take a smaller model (--model tiny needs none)")
+        cause = "is a build without CUDA: install another one (https://pytorch.org)"
+        if torch.version.cuda:
+            cause = f"(CUDA {torch.version.cuda}) finds no usable GPU: check the driver with nvidia-smi"
+        raise UserError(f"{why}, and torch {torch.__version__} {cause}, or take a smaller model (tiny needs none)")
 
 
 def need_bf16():
@@ -244,6 +245,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     with reading(f"the tokenizer of {name}", HUB_HINT):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)
+    if parameters < 50e6:
+        torch.set_num_threads(1)    # the tiny model's fastest; leaves the sandbox a core
     nf4 = in_nf4(quantize, parameters, on_gpu)
     if dtype is None:               # rounding hurts a small model, and fp32 costs it nothing
         able = on_gpu or (cpu_computes_bf16() and not nf4)     # NF4 on a CPU was only ever run in fp32

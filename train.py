@@ -359,9 +359,9 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     apply_plan(cfg, settled)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed, lora_rank=cfg.lora_rank)
+    if cfg.deterministic:
+        torch.set_num_threads(1)
     tiny = policy.preset.prompt == "short"
-    if cfg.deterministic or tiny:
-        torch.set_num_threads(1)                              # the tiny model's fastest; leaves the sandbox a core
     builtin = BUILTIN_TOOLS if tiny or not cfg.data else []   # the tiny model knows these tools
     tools = load_tools(None, beside=builtin + loaded)         # no two of one name
     if rank == 0:

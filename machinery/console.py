@@ -62,7 +62,10 @@ def step_metrics(run, groups: Sequence, fresh: Sequence, replayed: Sequence, sta
     drawn = [{"task": e.group.task.id, "step": e.step, "seed": e.group.trajectories[0].seed} for e in replayed]
     metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
     metrics["replayed_groups"] = sum(everyone(drawn), [])
-    return metrics | {"warnings": sum(everyone(stats.notes), []) + warnings_for([*run.history, metrics])}
+    failed = [t.error for t in trajectories if t.stop_reason == "error"]
+    host = [f"{len(failed)} trajectories failed on the host: {failed[0]}"] if failed else []
+    notes = sum(everyone(stats.notes + host), [])
+    return metrics | {"warnings": notes + warnings_for([*run.history, metrics])}
 
 
 def heldout_metrics(run, tasks: Sequence, quick: Sequence, right: dict[str, dict[str, float]]) -> dict:

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -143,7 +144,7 @@ for act in (lambda: (sys.stdout.write('.'), sys.stdout.flush()), lambda: (same(1
 
 
 def test_threads_that_always_call_keep_no_cell_waiting(executor, monkeypatch):
-    """Four threads with a call each: a cell's end and its own call come after four calls, not after any number."""
+    """A cell's end comes after one call of each of the four threads, not after any number."""
     monkeypatch.setattr(executor, "limits", replace(LIMITS, tool_calls=10 ** 6))
     code = """import threading
 def work():
@@ -151,8 +152,7 @@ def work():
 for _ in range(4): threading.Thread(target=work, daemon=True).start()"""
     with executor.session({"tick": lambda: time.sleep(0.02)}) as session:
         session.execute(code)
-        assert median(session.execute("1").tool_calls for _ in range(30)) <= 4
-        assert median(session.execute("tick()").tool_calls for _ in range(20)) <= 6
+        assert median(session.execute("1").tool_calls for _ in range(40)) <= 5
 
 
 @pytest.mark.parametrize("wait", [
@@ -534,6 +534,16 @@ def test_bwrap_missing_is_said_loudly(monkeypatch, capsys):
         assert executor.session().execute("1 + 1").value == "2"
     with pytest.raises(UserError):
         Executor("docker")
+
+
+def test_a_sandbox_in_which_no_session_starts_is_refused(monkeypatch, tmp_path):
+    """All trajectories would fail on the host, for hours."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module.Session, "_start_runner", lambda _: (_ for _ in ()).throw(OSError("no process")))
+    for kind, last in (("none", "none"), ("bwrap", "bwrap"), ("auto", "none")):
+        with pytest.raises(SandboxError, match=f"--sandbox {last} fails here: a session could not start: no process"):
+            Executor(kind, LIMITS)
+    assert not os.listdir(tmp_path)
 
 
 def test_close_leaves_nothing():

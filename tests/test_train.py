@@ -602,6 +602,20 @@ def test_choices_without_a_flag_are_set_by_name_and_checked(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_failures_of_the_host_are_said(tmp_path, monkeypatch):
+    session, started = train.Executor.session, []
+
+    def failing(self, **arguments):
+        started.append(1)
+        if len(started) % 5 == 0:
+            raise OSError("the disk is full")
+        return session(self, **arguments)
+    monkeypatch.setattr(train.Executor, "session", failing)
+    assert run("--out", tmp_path / "out", "--steps", 1, *SMALL) == 0
+    [said] = [w for w in lines(tmp_path / "out" / "metrics.jsonl")[1]["warnings"] if "host" in w]
+    assert re.fullmatch(r"\d+ trajectories failed on the host: OSError: the disk is full", said)
+
+
 def test_given_flags_are_told_from_defaults():
     cfg, given = parse_args(["--steps", "7", "--deterministic"])
     assert given == {"steps", "deterministic"} and cfg.steps == 7 and cfg.model == "tiny"
