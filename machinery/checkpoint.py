@@ -235,7 +235,8 @@ def restore(run, make_group):
             if (run.out / name).exists() and (run.out / name).stat().st_size > size:
                 os.truncate(run.out / name, size)
         publish(folder, run.out)
-    run.say(f"resumed {run.out} after step {run.step}")
+    over = run.step >= run.cfg.steps
+    run.say(f"resumed {run.out} after step {run.step}" + (", the last one: a larger --steps trains on" if over else ""))
 
 
 # --------------------------------------------------------------------------------- as tensors (safetensors) and JSON

@@ -119,7 +119,7 @@ def show_step(run):
         hard = "" if m["heldout_hard"] is None else f", hard {m['heldout_hard']:.3f}"
         run.say(f"  held-out ({m['heldout_n']} tasks): greedy {m['heldout_greedy']:.3f} "
                 f"sampled {m['heldout_sampled']:.3f}{hard}  [{m['evaluation_seconds']:.0f} s]")
-    if run.step in (0, 2):
+    if run.step in (0, 2) and not run.ended:
         estimate(run)
 
 
