@@ -152,10 +152,11 @@ def load_base(name: str, nf4: bool, device: torch.device, dtype: torch.dtype, aw
 def need_gpu(why: str):
     """UserError where torch can use no GPU: a model would silently be loaded into main memory, in fp32."""
     if not torch.cuda.is_available():
-        cause = "is a build without CUDA: install another one (https://pytorch.org)"
+        remedy = "install a build of it for CUDA (https://pytorch.org)"
         if torch.version.cuda:
-            cause = f"(CUDA {torch.version.cuda}) finds no usable GPU: check the driver with nvidia-smi"
-        raise UserError(f"{why}, and torch {torch.__version__} {cause}, or take a smaller model (tiny needs none)")
+            remedy = f"check the driver with nvidia-smi (torch is built for CUDA {torch.version.cuda})"
+        raise UserError(f"{why}, and torch {torch.__version__} finds no usable GPU: {remedy}, or take a smaller model "
+                        "(tiny needs none)")
 
 
 def need_bf16():

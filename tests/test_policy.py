@@ -172,9 +172,9 @@ def test_no_network_says_what_to_do(monkeypatch):
 def test_a_large_model_without_a_usable_gpu_is_refused(folder, monkeypatch):
     """A driver too old for this torch would otherwise mean 30 GB of main memory, in fp32."""
     monkeypatch.setattr(policy_module, "parameter_counts", lambda config: (7e9, 1e9))
-    for cuda, said in ((None, "is a build without CUDA"), ("13", r"\(CUDA 13\) finds no usable GPU: check the driver")):
+    for cuda, remedy in ((None, "install a build of it for CUDA"), ("13", "check the driver .*built for CUDA 13")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        with pytest.raises(UserError, match=f"8.0e9 parameters, and torch .* {said}"):
+        with pytest.raises(UserError, match=f"8.0e9 parameters, and torch .* finds no usable GPU: {remedy}"):
             load_policy(str(folder))
     monkeypatch.undo()
     with pytest.raises(UserError, match="Qwen2.5-7B-Instruct has 7.6e9 parameters"):    # before any download
