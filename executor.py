@@ -19,13 +19,13 @@ only claim that its code raised nothing, which any code can have with `except: p
 variables. A killed or crashed one restarts the session: variables are lost, the working directory and its files stay.
 
 Unlike in plain Python: exit() ends the cell, not the session. Each cell begins with stdout, stderr and SIGINT's handler
-as new, and ends with its processes (which count until code has waited for them), its alarm, and the tool calls that
-its threads have begun; threads stand still between cells. A signal handler that raises between cells crashes the next
-one. A forked child that ends by an exception, exit() too, has status 1 and prints nothing. Nothing runs at the exit.
+as new. At its end its alarm and its processes end (which count until code has waited for them); it waits for tool calls
+that its threads have begun, then threads stand still. A signal handler that raises between two cells crashes the next
+one. A forked child that ends by an exception or exit(n) has status 1 and prints nothing. Nothing runs at the exit.
 `__file__` names no file; /dev/stdout, opened by name, begins anew. No network, so no multiprocessing.Manager; no memfd,
 no mmap(-1), no inotify; calls of the scheduler take pid 0 only. A reply of 200 kB must be read within half the grace.
 Not covered: bugs of the kernel; side channels (flock on a file in /usr); use of the cores; the kernel's own memory for
-pipes and mappings; code may lower its oom_score_adj, unless the start had CAP_SYS_RESOURCE. In "none" neither: files
+pipes and mappings; code may lower its oom_score_adj, unless the start had CAP_SYS_RESOURCE. In "none" also not: files
 (for root also /proc's: priorities of others); the disk's total; the number of terminals, timers and sockets; /dev/zero
 as shared memory; the size of a fork bomb (it soon ends); before Linux 6.12 others' signals, memory and environment.
 """
@@ -117,7 +117,7 @@ class Session(AbstractContextManager):
         fcntl.fcntl(self._output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)     # so code can add no seal
         try:
             self._start(self.files)
-        except SessionLost:
+        except BaseException:
             self.close()
             raise
 
@@ -340,7 +340,7 @@ class Executor(AbstractContextManager):
                 self.zygote = Zygote(self.base)
                 self.session().close()
                 return
-            except (SandboxError, SessionLost) as error:
+            except (OSError, SandboxError, SessionLost) as error:
                 self.close()
                 if sandbox != "auto" or self.sandbox == "none":
                     raise SandboxError(f"--sandbox {self.sandbox} fails here: {error} (README: Sandbox)") from None

@@ -232,7 +232,8 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
     """Load `model` (see resolve_model) with the adapter in a folder, or with a new one drawn from `seed`.
 
     quantize: see in_nf4. dtype: of the base; default: from 50 million parameters on bf16, if the device computes it
-    well, else fp32. The GPU is torch's current one. UserError for whatever a user can get wrong.
+    well, else fp32. The GPU is torch's current one. For a tiny model torch goes on with one thread, in the whole
+    process. UserError for whatever a user can get wrong.
     """
     name, config, on_gpu = resolve_model(model), model_config(model), torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -32,7 +32,7 @@ from machinery.web import Cache, WebError
 class Reward:
     total: float | None                  # R; None: the trajectory is unjudged
     answer: float | None                 # r_answer in [0, 1]; None: unjudged
-    execution: float                     # r_exec: of the turns with code, the share that ran without error; or 0
+    execution: float                     # r_exec: of the turns with code, the share without error; 0 without code
     source: str                          # who decided r_answer: "heuristic", "llm" or "none"
     unsure: bool                         # whether the heuristic was unsure
     official: bool                       # GAIA's own rule, for reports

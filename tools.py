@@ -5,9 +5,9 @@ Owns `@tool`, the checks of a definition and of every call, the nine built-in to
 Read in this order: `tool` (a function becomes a Tool), `Tool.bind` (what a call does), the nine tools, `load_tools`.
 
 A tool runs on the host, outside the sandbox: keys and the network stay there, and every argument that comes from the
-sandbox is checked against the type hints before the function sees it. A built-in tool returns text, also of
-what goes wrong outside: `ERROR[kind]: ...`, for the model to read. How the built-in tools reach
-the web, read documents and ask models, and what they may not reach, is in machinery/ (web.py, documents.py, api.py).
+sandbox is checked against the type hints before the function sees it. A built-in tool always returns text: what goes
+wrong outside is `ERROR[kind]: ...`, for the model to read. How the built-in tools reach the web, read documents and ask
+models, and what they may not reach, is in machinery/ (web.py, documents.py, api.py).
 """
 import builtins
 import inspect

@@ -169,12 +169,13 @@ def finish_step(run: Run):
 # ---------------------------------------------------------------------------------------------------- evaluation
 def solve(run: Run, tasks: list[Task], name: str, temperature: float, samples: int = 1) -> dict[str, float]:
     """task id -> 1.0 if one of `samples` answers is right, else 0.0. Each rank takes its share of the tasks."""
-    mine, right = tasks[run.rank::run.size], {}
+    mine = tasks[run.rank::run.size]
     with run.bar(len(mine) * samples, f"held-out {name}") as bar:
         groups = rollout(run.policy, mine, run.executor, run.tools, replace(run.cfg, temperature=temperature), samples,
                          seed=1, on_end=lambda _: bar.update())
-    for task, rewards in zip(mine, compute_rewards(mine, groups, run.judge)):
-        right[task.id] = float(any(r.answer == 1 for r in rewards))
+    console.show_host_failures(run, groups)
+    judged = zip(mine, compute_rewards(mine, groups, run.judge))
+    right = {task.id: float(any(r.answer == 1 for r in rewards)) for task, rewards in judged}
     return {task_id: value for part in everyone(right) for task_id, value in part.items()}
 
 
@@ -361,8 +362,7 @@ def start(cfg: Config, given: set[str], executor: Executor) -> Run:
     policy = load_policy(cfg.model, cfg.quantize, seed=cfg.seed, lora_rank=cfg.lora_rank)
     if cfg.deterministic:
         torch.set_num_threads(1)
-    tiny = policy.preset.prompt == "short"
-    builtin = BUILTIN_TOOLS if tiny or not cfg.data else []   # the tiny model knows these tools
+    builtin = BUILTIN_TOOLS if policy.preset.prompt == "short" or not cfg.data else []    # the tiny model knows these
     tools = load_tools(None, beside=builtin + loaded)         # no two of one name
     if rank == 0:
         print(preflight_table(tools, web, not cfg.no_preflight), end="")

@@ -68,7 +68,7 @@ def exit_status(command: Callable[[], None]) -> int:
     os.close(lowest)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # after quiet_imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"     # without file, number and line of code
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"   # no line of code
     with contextlib.redirect_stdout(Output(sys.stdout)) as out, contextlib.redirect_stderr(Output(sys.stderr)):
         try:
             command()

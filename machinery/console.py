@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from machinery.checkpoint import cpu_seconds
+from machinery.cli import UserError
 from machinery.ranks import everyone
 
 
@@ -31,6 +32,21 @@ NUMBERS = ("reward", "accuracy", "exec_rate", "turns", *UPDATE_NUMBERS, "signal_
 def mean(values) -> float | None:
     values = [v for v in values if v is not None]
     return fmean(values) if values else None
+
+
+def host_failures(trajectories: Sequence) -> list[str]:
+    """The warning that some failed on the host. UserError if all did, of several tasks: the next ones would, too."""
+    failed = [t.error for t in trajectories if t.stop_reason == "error"]
+    if len(failed) == len(trajectories) and len({t.task_id for t in trajectories}) > 1:
+        raise UserError(f"all {len(failed)} trajectories failed on the host, not in the policy's code ({failed[0]}): "
+                        "mend that, then go on with --resume")
+    return [f"{len(failed)} trajectories failed on the host: {failed[0]}"] if failed else []
+
+
+def show_host_failures(run, groups: Sequence):
+    """Those of an evaluation. groups: lists of trajectories."""
+    for warning in host_failures(sum(groups, [])):
+        run.say(f"  warning: {warning}")
 
 
 def step_metrics(run, groups: Sequence, fresh: Sequence, replayed: Sequence, stats) -> dict:
@@ -62,9 +78,7 @@ def step_metrics(run, groups: Sequence, fresh: Sequence, replayed: Sequence, sta
     drawn = [{"task": e.group.task.id, "step": e.step, "seed": e.group.trajectories[0].seed} for e in replayed]
     metrics = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
     metrics["replayed_groups"] = sum(everyone(drawn), [])
-    failed = [t.error for t in trajectories if t.stop_reason == "error"]
-    host = [f"{len(failed)} trajectories failed on the host: {failed[0]}"] if failed else []
-    notes = sum(everyone(stats.notes + host), [])
+    notes = sum(everyone(stats.notes + host_failures(trajectories)), [])
     return metrics | {"warnings": notes + warnings_for([*run.history, metrics])}
 
 

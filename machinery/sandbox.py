@@ -387,8 +387,8 @@ class Supervisor:
         os.write(resume, b"1")
         os.kill(self.runner, signal.SIGCONT)
 
-    def interrupt(self) -> None:
-        libc.tgkill(self.runner, self.runner, signal.SIGINT)    # the main thread alone: another could take it too late
+    def interrupt(self) -> None:                        # by tgkill the main thread: another could take it too late
+        libc.syscall({"x86_64": 234, "aarch64": 131}[os.uname().machine], self.runner, self.runner, signal.SIGINT)
         os.kill(self.runner, signal.SIGCONT)            # the code may have stopped its own process
 
     def pause(self) -> None:

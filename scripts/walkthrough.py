@@ -130,7 +130,6 @@ def show_replay(policy: Policy, group: Group, cfg: GRPOConfig):
 
 def walk(argv=None):
     OneLineParser(prog="-m scripts.walkthrough", description="One task through the whole method.").parse_args(argv)
-    torch.set_num_threads(1)
     policy, cfg = load_policy("tiny"), GRPOConfig(truncation=2.0)
     known = policy.preset.settings
     limits = {name: known[name] for name in LIMITS}

@@ -486,6 +486,8 @@ def test_a_session_that_cannot_start_leaves_nothing(executor):
     for _ in range(3):
         with pytest.raises(module.SessionLost, match="could not start"):
             executor.session(files={"a.csv": Path("/no/such/file")})
+        with pytest.raises(UserError):
+            executor.session(files={"../a.csv": b""})
     assert [len(os.listdir(folder)) for folder in folders] == before
 
 

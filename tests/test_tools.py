@@ -169,7 +169,7 @@ def test_command_lines_end_alike(capsys, problem, status, said):
 
 
 def test_a_warning_is_one_line():
-    code = "import warnings; from machinery.cli import exit_status; exit_status(lambda: warnings.warn('it is slow'))"
+    code = "import warnings; from machinery.cli import exit_status; exit_status(lambda: warnings.warn('it is\\nslow'))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (ended.stdout, ended.stderr) == ("", "warning: it is slow\n")
 

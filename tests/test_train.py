@@ -602,18 +602,37 @@ def test_choices_without_a_flag_are_set_by_name_and_checked(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_failures_of_the_host_are_said(tmp_path, monkeypatch):
-    session, started = train.Executor.session, []
+@pytest.fixture
+def failing_host(monkeypatch):
+    """failing_host(every): one of `every` sessions cannot start; the first, which is the executor's own, can."""
+    def fail(every: int):
+        session, started = train.Executor.session, []
 
-    def failing(self, **arguments):
-        started.append(1)
-        if len(started) % 5 == 0:
-            raise OSError("the disk is full")
-        return session(self, **arguments)
-    monkeypatch.setattr(train.Executor, "session", failing)
+        def failing(self, **arguments):
+            started.append(1)
+            if len(started) > 1 and len(started) % every == 0:
+                raise OSError("the disk is full")
+            return session(self, **arguments)
+        monkeypatch.setattr(train.Executor, "session", failing)
+    return fail
+
+
+def test_failures_of_the_host_are_said(tmp_path, failing_host, capsys):
+    failing_host(5)
     assert run("--out", tmp_path / "out", "--steps", 1, *SMALL) == 0
+    warning = r"  warning: \d+ trajectories failed on the host: OSError: the disk is full"
+    assert len(re.findall(warning, capsys.readouterr().out)) >= 3    # parts of the two evaluations, and the step
     [said] = [w for w in lines(tmp_path / "out" / "metrics.jsonl")[1]["warnings"] if "host" in w]
     assert re.fullmatch(r"\d+ trajectories failed on the host: OSError: the disk is full", said)
+
+
+def test_a_host_that_fails_always_ends_the_run_and_one_bad_task_does_not(tmp_path, failing_host, capsys):
+    """Its failures would count as wrong answers."""
+    failing_host(1)
+    assert "all 11 trajectories failed on the host, not in the policy's code (OSError: the disk is full)" in fails(
+        capsys, "--out", tmp_path / "out", "--steps", 1, *SMALL)
+    bad = [SimpleNamespace(task_id="a", stop_reason="error", error="no file") for _ in range(8)]
+    assert console.host_failures(bad) == ["8 trajectories failed on the host: no file"]
 
 
 def test_given_flags_are_told_from_defaults():
