@@ -323,7 +323,6 @@ class Session(AbstractContextManager):
 
 class Executor(AbstractContextManager):
     """Starts sessions, any number; at most `max_running` (default: the cores) run a cell. Thread-safe.
-
     sandbox: "bwrap", "none" (SandboxError where it does not work), or "auto": bwrap, else none, loudly.
     One process inside it, the zygote, has the usual libraries imported; it forks all sessions."""
 
@@ -332,9 +331,10 @@ class Executor(AbstractContextManager):
             raise UserError(f"--sandbox is auto, bwrap or none, not {sandbox!r}")
         self.limits, self.base, self.zygote = limits, None, None
         self.slots = threading.Semaphore(max_running or os.cpu_count() or 1)
-        for self.sandbox in ("bwrap", "none") if sandbox == "auto" else (sandbox,):
+        for kind in ["bwrap", "none"] if sandbox == "auto" else [sandbox]:
+            self.sandbox = kind
             try:
-                if self.sandbox == "none":
+                if kind == "none":
                     self.base = tempfile.mkdtemp(prefix="tool-r1-")
                     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)         # or code could read our memory in /proc
                 self.zygote = Zygote(self.base)
@@ -342,8 +342,8 @@ class Executor(AbstractContextManager):
                 return
             except (OSError, SandboxError, SessionLost) as error:
                 self.close()
-                if sandbox != "auto" or self.sandbox == "none":
-                    raise SandboxError(f"--sandbox {self.sandbox} fails here: {error} (README: Sandbox)") from None
+                if sandbox != "auto" or kind == "none":
+                    raise SandboxError(f"--sandbox {kind} fails here: {error} (README: Sandbox)") from None
                 print(f"WARNING: NO SANDBOX: bwrap fails here ({error}). Model-written code can read and "
                       "change every file that you can, and signal processes (see README).", file=sys.stderr)
 

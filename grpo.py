@@ -17,8 +17,8 @@ pi_behaviour (which sampled the token, perhaps steps ago: the sampler recorded l
 model, adapter off). pi_old and pi_behaviour are two policies as in decoupled PPO (Hilton et al., arXiv 2110.00641):
 the clip of r in (6) limits one update, c in (5) corrects for the policy that sampled.
 
-Why the clip does not act with one minibatch and one epoch (the defaults from 0.3B on) a batch takes one
-optimiser step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
+Why the clip does not act by default from 0.3B on: with one minibatch and one epoch a batch takes one optimiser
+step. Then l_old is the same forward pass as l, so r = exp(0) = 1. 1 lies within the clip's bounds, and
 min(A, A) = A; where A < 0, max(A, dual_clip A) = A. The gradient of r is that of l: REINFORCE with the weight c.
 
 Sources: PPO (arXiv 1707.06347); GRPO (DeepSeekMath, 2402.03300); DAPO (2503.14476); Dr. GRPO (2503.20783); dual clip

@@ -128,6 +128,7 @@ def offline(name: str) -> bool:
 
 
 HUB_HINT = "Without network, give a local folder (--model DIR) or take the built-in model (--model tiny)"
+NOT_CACHED = "the hub is out of reach, and {} is not cached. " + HUB_HINT
 
 
 def in_nf4(quantize: str, parameters: int, on_gpu: bool) -> bool:
@@ -243,7 +244,7 @@ def load_policy(model: str, quantize: str = "auto", adapter: Path | None = None,
         need_gpu(f"{name} has {parameters / 1e9:.1f}e9 parameters")
     away = offline(name)
     if away and try_to_load_from_cache(name, "tokenizer.json") is None:
-        raise UserError(f"the hub is out of reach, and {name} is not cached. {HUB_HINT}")
+        raise UserError(NOT_CACHED.format(name))
     with reading(f"the tokenizer of {name}", HUB_HINT):
         # tokenizer.json as it is: AutoTokenizer builds a Qwen2 tokenizer, without the tiny one's splitting
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=away)

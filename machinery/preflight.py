@@ -20,7 +20,7 @@ from machinery.cli import UserError
 from machinery.memory import GIB, planned
 from machinery.versions import PINNED, other_versions
 from policy import (
-    HUB_HINT, in_nf4, linear_shapes, model_config, need_bf16, need_gpu, offline, parameter_counts, resolve_model)
+    NOT_CACHED, in_nf4, linear_shapes, model_config, need_bf16, need_gpu, offline, parameter_counts, resolve_model)
 import bitsandbytes                                         # after policy, which quiets its import
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers
@@ -135,7 +135,7 @@ def find_weights(name: str, size: int) -> tuple[Line, int]:
     if offline(name):
         if cached(name):
             return line("ok", f"the hub is out of reach; {name} is in {constants.HF_HUB_CACHE}")
-        return line("MISSING", f"the hub is out of reach, and {name} is not cached. {HUB_HINT}", size)
+        return line("MISSING", NOT_CACHED.format(name), size)
     try:
         sizes = file_sizes(name)
     except (requests.RequestException, ValueError, KeyError) as error:
